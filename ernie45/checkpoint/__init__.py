@@ -1,0 +1,1 @@
+"""Checkpoints: files, name maps, loading, writing, converting."""

@@ -1,0 +1,89 @@
+"""Load a network from any checkpoint that can be read, with an account of every tensor.
+
+The network is built on the meta device; each parameter is allocated once and filled from the file, so that the peak is
+the final size plus one tensor. Where dtype and order agree, the file's bytes go straight into the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ernie45.checkpoint.layout import Part
+from ernie45.checkpoint.source import GgufSource, SafetensorsSource, open_source
+from ernie45.errors import CapacityError
+from ernie45.models.build import build_model, parse_dtype
+from ernie45.models.text import CausalLM
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    *,
+    progress: Progress | None = None,
+) -> CausalLM:
+    """Load a checkpoint for inference, in evaluation mode, without gradients.
+
+    Args: path: a -PT or -Paddle folder, or a GGUF file (dequantized). dtype: `float32`, `bfloat16`, `float16`, or
+            `auto` for the dtype that the file holds. device: where the weights go. progress: called with bytes read and
+            bytes in all.
+    Returns: the network; its `load_account` says what became of every tensor of the file.
+    Raises: NotFoundError, ConfigError, CheckpointError (missing or unexpected tensors, wrong shapes, damaged files),
+        CapacityError if the weights do not fit into memory.
+    """
+    source = open_source(path)
+    target_dtype = parse_dtype(file_dtype(source) if dtype == "auto" else dtype)
+    model = build_model(source.config, dtype=target_dtype, device="meta")
+    try:
+        model.to_empty(device=device)
+    except (RuntimeError, MemoryError) as error:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        raise CapacityError(
+            f"{source.where}: the weights need {size / 2**30:.1f} GiB as {target_dtype} on {device}, more than there "
+            "is: use a narrower dtype or a smaller model"
+        ) from error
+    fill(model, source, progress)
+    model.load_account = source.account  # type: ignore[assignment]  # plain data beside the modules
+    return model.requires_grad_(False).eval()
+
+
+def file_dtype(source: SafetensorsSource | GgufSource) -> torch.dtype:
+    """The dtype of most of a file's values; quantized GGUF files count as float32, odd widths as float32."""
+    sizes: dict[torch.dtype, int] = {}
+    for stored in source.layout:
+        dtype = source.stored_dtype(stored)
+        sizes[dtype] = sizes.get(dtype, 0) + torch.Size(stored.shape).numel()
+    dtype = max(sizes, key=lambda d: sizes[d])
+    return dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+@torch.no_grad()
+def fill(model: CausalLM, source: SafetensorsSource | GgufSource, progress: Progress | None = None) -> None:
+    """Copy every tensor of `source` into the network, in the order of the file's layout."""
+    tensors = model.state_dict()
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    done = 0
+    for stored in source.layout:
+        regions = [(part, _region(tensors[part.target], part)) for part in stored.parts]
+        straight = isinstance(source, SafetensorsSource) and source.read_straight(stored, regions[0][1])
+        if not straight:
+            value = source.read(stored)
+            for part, region in regions:
+                rows = value if part.rows is None else value[part.rows[0] : part.rows[1]]
+                region.copy_(rows.reshape(region.shape))
+        done += sum(region.numel() * region.element_size() for _, region in regions)
+        if progress is not None:
+            progress(done, total)
+    for target in tensors.keys() - {part.target for stored in source.layout for part in stored.parts}:
+        source.fill(tensors[target], target, ())
+
+
+def _region(tensor: Tensor, part: Part) -> Tensor:
+    return tensor[tuple(slice(start, end) for start, end in part.box)]

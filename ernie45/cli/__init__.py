@@ -1,0 +1,1 @@
+"""The command line. Turns arguments into calls; imported by nobody."""

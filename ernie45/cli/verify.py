@@ -1,0 +1,31 @@
+"""`ernie verify`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from ernie45.checkpoint.verify import verify
+from ernie45.cli.output import ProgressBar, note, print_facts, print_json
+from ernie45.store.location import resolve
+
+
+def run(options: argparse.Namespace) -> int:
+    """Report on every tensor; exit code 1 if the checkpoint cannot be trusted."""
+    report = verify(resolve(options.model), against=options.against, progress=ProgressBar("reading"))
+    if options.json:
+        print_json(asdict(report) | {"ok": report.ok})
+        return 0 if report.ok else 1
+    facts = [
+        ("checkpoint", f"{report.path} ({report.format})"),
+        ("tensors", f"{report.tensors} read, {report.values:,} values, none missing, none unexpected"),
+        ("not finite", ", ".join(report.not_finite) or "none"),
+        ("all zero", ", ".join(report.all_zero) or "none"),
+    ]
+    facts += [("left out", f"{name}: {reason}") for name, reason in report.left_out.items()]
+    if report.against is not None:
+        difference = f"largest logit difference {report.max_logit_difference:.2e}"
+        facts.append((f"against {report.against}", f"{difference}, same best token at {report.same_best_token:.0%}"))
+    print_facts(facts)
+    note("ok" if report.ok else "NOT ok")
+    return 0 if report.ok else 1

@@ -1,0 +1,1 @@
+"""Configurations: what a model is. Imports nothing of ours but the errors."""

@@ -1,0 +1,96 @@
+"""What a model is, in numbers: for `ernie show` and `ernie models`. Needs no torch for a published name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ernie45.config.count import count_parameters
+from ernie45.config.model import ModelConfig
+from ernie45.config.presets import presets
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDescription:
+    """The facts that somebody wants before loading a model."""
+
+    name: str
+    path: str | None
+    """None for a published model that is not here."""
+    kind: str
+    """`dense text`, `MoE text` or `MoE vision-language`."""
+    format: str | None
+    dtype: str | None
+    parameters: int
+    active_parameters: int
+    mtp_parameters: int
+    context_tokens: int
+    layers: int
+    experts: str
+    size_bytes: int | None
+    """Of the weight files."""
+    kv_bytes_per_token: int
+    """At 16 bits per value."""
+    memory_bytes: int
+    """Weights at the file's width (16 bits for a model that is not here) and the cache of 4096 tokens."""
+    licence: str
+
+
+def describe_config(name: str, config: ModelConfig, *, bytes_per_weight: int = 2) -> ModelDescription:
+    """Describe a network that is not on this machine."""
+    count = count_parameters(config)
+    moe = config.moe
+    return ModelDescription(
+        name=name,
+        path=None,
+        kind="MoE vision-language" if config.vision else "MoE text" if moe else "dense text",
+        format=None,
+        dtype=None,
+        parameters=count.total,
+        active_parameters=count.active,
+        mtp_parameters=count.mtp,
+        context_tokens=config.max_position_embeddings,
+        layers=config.num_hidden_layers,
+        experts=f"{moe.moe_num_experts} routed, {moe.moe_k} active, {moe.moe_num_shared_experts} shared"
+        if moe
+        else "none",
+        size_bytes=None,
+        kv_bytes_per_token=config.kv_bytes_per_token(),
+        memory_bytes=count.total_with_mtp * bytes_per_weight + 4096 * config.kv_bytes_per_token(bytes_per_weight),
+        licence="Apache-2.0" if name in presets() else "not stated",
+    )
+
+
+def describe(name: str, path: Path) -> ModelDescription:
+    """Describe a checkpoint folder or GGUF file. Raises: NotFoundError, ConfigError, CheckpointError."""
+    from dataclasses import replace
+
+    from ernie45.checkpoint.load import file_dtype
+    from ernie45.checkpoint.source import GgufSource, open_source
+    from ernie45.models.build import dtype_name
+
+    source = open_source(path)
+    dtype = file_dtype(source)
+    size = source.file.path.stat().st_size if isinstance(source, GgufSource) else source.index.total_bytes
+    described = describe_config(name, source.config, bytes_per_weight=dtype.itemsize)
+    shown = "quantized" if isinstance(source, GgufSource) and _is_quantized(source) else dtype_name(dtype)
+    return replace(
+        described, path=str(path), format=source.format, dtype=shown, size_bytes=size, licence=_licence(path)
+    )
+
+
+def _is_quantized(source: object) -> bool:
+    tensors = source.file.tensors.values()  # type: ignore[attr-defined]  # a GgufSource
+    return any(tensor.type.torch_dtype is None for tensor in tensors)
+
+
+def _licence(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    provenance = folder / "provenance.json"
+    if provenance.is_file():
+        return str(json.loads(provenance.read_text(encoding="utf-8")).get("license", "not stated"))
+    for file in sorted(folder.glob("LICENSE*")):
+        head = file.read_text(encoding="utf-8", errors="replace")[:400]
+        return "Apache-2.0" if "Apache License" in head else f"see {file.name}"
+    return "not stated"
