@@ -56,18 +56,27 @@ class RenderedPrompt(str):
         return (self.segments,)
 
 
+class SpecialStrings:
+    """The texts that become special tokens, prepared for searching."""
+
+    def __init__(self, texts: Collection[str]) -> None:
+        """Compile `texts`."""
+        self.pattern = special_pattern(texts)
+        self.edges = frozenset(text[0] for text in texts) | frozenset(text[-1] for text in texts)
+
+
 class Shield:
     """Stand-ins for one request. Build it from every string that takes part, then protect, render and `reveal`."""
 
-    def __init__(self, special_strings: Collection[str], request: object, template_text: str = "") -> None:
+    def __init__(self, special: SpecialStrings, request: object, template_text: str = "") -> None:
         """Choose stand-ins.
 
-        Args: special_strings: all texts that become special tokens. request: every caller-supplied value, nested lists
-            and dictionaries of JSON values. template_text: whatever the template can write.
+        Args: special: what to protect against. request: every caller-supplied value, nested lists and dictionaries of
+            JSON values. template_text: whatever the template can write.
         Raises: RequestError if `request` holds something other than JSON values, or is nested too deeply.
         """
-        self._pattern = special_pattern(special_strings)
-        edges = sorted({text[0] for text in special_strings} | {text[-1] for text in special_strings})
+        self._pattern = special.pattern
+        edges = sorted(special.edges)
         used = set(template_text).union(*strings_in(request), edges)
         free = (chr(code) for code in chain(*(range(*ends) for ends in STAND_INS)) if chr(code) not in used)
         self._stand_in = {ord(edge): next(free) for edge in edges}

@@ -218,7 +218,9 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function, method or macro with bounded arguments, and bound the result."""
         guard: Guard = __context[_GUARD]
-        _check_length(sum(map(guard.weigh, (*args, *kwargs.values()))))  # a macro gets them as one tuple
+        # A macro gets its arguments as one tuple. Jinja passes loop variables along in two arguments of its own.
+        named = [value for name, value in kwargs.items() if name not in ("_loop_vars", "_block_vars")]
+        _check_length(sum(map(guard.weigh, (*args, *named))))
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             _check_growth(guard, owner, __obj.__name__, args)

@@ -35,7 +35,7 @@ from ernie45.processing.files import (
 from ernie45.processing.formats import FORMATS
 from ernie45.processing.gguf_vocab import bpe_metadata, sentencepiece_metadata
 from ernie45.processing.messages import check_messages, check_tools
-from ernie45.processing.prompt import MEDIA_MARKERS, RenderedPrompt, Segment, Shield
+from ernie45.processing.prompt import MEDIA_MARKERS, RenderedPrompt, Segment, Shield, SpecialStrings
 from ernie45.processing.vocabulary import Vocabulary, role_ids
 
 _logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Tokenizer:
         self._generation = files.get(GENERATION)
         self._backend = _load_backend(files, declared, folder)
         self.vocabulary: Vocabulary = self._backend.vocabulary
+        self._special_strings = SpecialStrings({*self.special_tokens, *MEDIA_MARKERS})
         self._roles = role_ids(declared.named, self.special_tokens)
         _warn_about_missing(declared, self.special_tokens, folder)
         self._chosen_format = chat_format or declared.chat_format
@@ -70,7 +71,6 @@ class Tokenizer:
         self._template = None
         if declared.templates and self._chosen_format is None:
             self._template = ChatTemplate(declared.templates, declared.named, declared.template_source)
-        self._template_text = declared.templates
         self._eos_ids = declared.eos_ids
         self.stop_ids: frozenset[int] = self._find_stop_ids(declared)
 
@@ -182,9 +182,7 @@ class Tokenizer:
             checked = [message.with_thought_apart() for message in checked]
         # A built-in format writes nothing but special strings and ASCII, which stand-ins never are.
         written = self._template.written_text if self._template else ""
-        shield = Shield(
-            {*self.special_tokens, *MEDIA_MARKERS}, [[message.caller_values for message in checked], functions], written
-        )
+        shield = Shield(self._special_strings, [[message.caller_values for message in checked], functions], written)
         shielded = [message.shielded(shield) for message in checked]
         text = chat.render(shielded, shield.value(functions), thinking, add_generation_prompt)
         return shield.reveal(text)

@@ -16,6 +16,7 @@ from ernie45.errors import NotFoundError, UsageError
 from ernie45.models.build import parse_dtype
 from ernie45.processing.gguf_vocab import tokenizer_files_from_gguf
 from ernie45.processing.tokenizer import load_tokenizer
+from ernie45.store.location import resolve
 
 Format = Literal["pt", "paddle", "gguf"]
 
@@ -60,7 +61,7 @@ def convert(
 ) -> Conversion:
     """Write the checkpoint at `src` to `dst` in another format; -PT and -Paddle are bit-exact both ways.
 
-    Args: src: a checkpoint folder or GGUF file. dst: a folder, or a .gguf file for `gguf`. to: `pt`, `paddle` or
+    Args: src: a checkpoint folder, a GGUF file, or a model in the store. dst: a folder, or a .gguf file for `gguf`. to: `pt`, `paddle` or
             `gguf`. dtype: `auto` keeps every tensor as it is; otherwise `float32`, `bfloat16` or `float16` for all but
             router weights and correction bias. max_shard_bytes: largest weight file. overwrite: replace `dst`.
             extra_files: further files by name.
@@ -69,7 +70,7 @@ def convert(
     """
     if to not in get_args(Format):
         raise UsageError(f"cannot convert to {to!r}, expected one of {', '.join(get_args(Format))}")
-    source = open_source(src)
+    source = open_source(resolve(src))
     torch_dtype = None if dtype == "auto" else parse_dtype(dtype)
     notes = [source.account.left_out["model.mtp_*"]] if source.mtp_dropped else []
     if to == "gguf":

@@ -123,8 +123,9 @@ GOLDEN: list[tuple[str, list[dict[str, Any]], dict[str, Any], str]] = [
             user("thanks"),
         ],
         {"tools": [TOOL, TOOL["function"]], "thinking": True},
-        f"<|im_start|>system\n<system_setting>\nS\n</system_setting>\n\n{GLOBAL}\n\n<tool_list>\n[{TOOL_JSON}, {TOOL_JSON}]"
-        "\n</tool_list><|im_end|>\n\n<|im_start|>user\nq<|im_end|>\n\n<|im_start|>assistant\n<think>\nR\n</think>\n\n"
+        f"<|im_start|>system\n<system_setting>\nS\n</system_setting>\n\n{GLOBAL}"
+        f"\n\n<tool_list>\n[{TOOL_JSON}, {TOOL_JSON}]\n</tool_list><|im_end|>\n\n"
+        "<|im_start|>user\nq<|im_end|>\n\n<|im_start|>assistant\n<think>\nR\n</think>\n\n"
         f"\n<tool_call>\n{CALL_JSON}\n</tool_call>\n\n<tool_call>\n{CALL_JSON}\n</tool_call>\n<|im_end|>\n\n"
         "<|im_start|>user\n<tool_response>\nsunny\n</tool_response><|im_end|>\n\n"
         "<|im_start|>assistant\n<think>\nR2\n</think>\n\n<response>\nIt is sunny.\n</response>\n<|im_end|>\n\n"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie45.errors import RequestError
-from ernie45.processing.prompt import MAX_JSON_DEPTH, RenderedPrompt, Segment, Shield
+from ernie45.processing.prompt import MAX_JSON_DEPTH, RenderedPrompt, Segment, Shield, SpecialStrings
 
 SPECIAL = ("<|a|>", "<|a|>b", "[X]", "</t>")
 fragments = st.lists(
@@ -20,7 +20,7 @@ fragments = st.lists(
 @given(first=fragments, second=fragments)
 @settings(max_examples=200, deadline=None)
 def test_only_the_template_writes_special_tokens(first: str, second: str) -> None:
-    shield = Shield(SPECIAL, [first, {"k": second}])
+    shield = Shield(SpecialStrings(SPECIAL), [first, {"k": second}])
     # No separators: strings of the caller may meet, and may meet halves of markers in the template.
     prompt = shield.reveal(
         f"<|a|>{shield.text(first)}{shield.text(second)}[X]<|{shield.text(first)}|>[{shield.text(second)}"
@@ -33,7 +33,7 @@ def test_only_the_template_writes_special_tokens(first: str, second: str) -> Non
 
 
 def test_longest_special_token_wins() -> None:
-    assert Shield(SPECIAL, []).reveal("<|a|>b<|a|>c").segments == (
+    assert Shield(SpecialStrings(SPECIAL), []).reveal("<|a|>b<|a|>c").segments == (
         Segment("<|a|>b", True),
         Segment("<|a|>", True),
         Segment("c", False),
@@ -42,7 +42,7 @@ def test_longest_special_token_wins() -> None:
 
 def test_stand_ins_avoid_what_occurs() -> None:
     used = "".join(map(chr, range(0x13000, 0x13010)))
-    shield = Shield(["<a>"], used, template_text="\U00013010")
+    shield = Shield(SpecialStrings(["<a>"]), used, template_text="\U00013010")
     protected = shield.text("<a>")
     assert not set(protected) & {*used, "\U00013010", "<", ">"}
     assert protected.isprintable(), "or else repr would escape them"
@@ -52,7 +52,7 @@ def test_stand_ins_avoid_what_occurs() -> None:
 
 def test_values_are_protected_throughout() -> None:
     value: dict[str, Any] = {"<a>": ["<a>", 1, None, True, 0.5, {"k": "<a>"}]}
-    shield = Shield(["<a>"], value)
+    shield = Shield(SpecialStrings(["<a>"]), value)
     protected = shield.value(value)
     assert "<" not in repr(protected)
     assert shield.restore(repr(protected)) == repr(value)
@@ -70,7 +70,7 @@ def test_values_are_protected_throughout() -> None:
 )
 def test_only_json_values(value: Any, reason: str) -> None:
     with pytest.raises(RequestError, match=reason):
-        Shield(["<a>"], value)
+        Shield(SpecialStrings(["<a>"]), value)
 
 
 def test_nesting_is_bounded() -> None:
@@ -78,8 +78,8 @@ def test_nesting_is_bounded() -> None:
     for _ in range(MAX_JSON_DEPTH + 1):
         value = [value]
     with pytest.raises(RequestError, match="levels deep"):
-        Shield(["<a>"], value)
-    Shield(["<a>"], value[0])
+        Shield(SpecialStrings(["<a>"]), value)
+    Shield(SpecialStrings(["<a>"]), value[0])
 
 
 def test_rendered_prompts_are_text_that_copies() -> None:

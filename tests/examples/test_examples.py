@@ -1,0 +1,57 @@
+"""Every example runs, on a small random model, and prints what it promises."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ernie45
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, small_model: Any) -> Path:
+    """A checkpoint with a byte-level tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"</s>": 0} | {c: i + 1 for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = tokenizers.decoders.ByteLevel()
+    built.add_special_tokens(["</s>"])
+    (tmp_path / "tokenizer").mkdir()
+    built.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    tokenizer = ernie45.load_tokenizer(tmp_path / "tokenizer")
+    ernie45.save_model(small_model(moe=True, vocab_size=257), tmp_path / "model", tokenizer=tokenizer)
+    return tmp_path / "model"
+
+
+def _main(name: str) -> Any:
+    return runpy.run_path(str(EXAMPLES / name))["main"]
+
+
+def test_chat(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _main("chat.py")(str(folder), "hello")
+    assert "least certain" in capsys.readouterr().out
+
+
+def test_convert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _main("convert.py")(str(folder), str(tmp_path / "out"))
+    assert capsys.readouterr().out.count(": True") == 2
+
+
+def test_drafts(capsys: pytest.CaptureFixture[str]) -> None:
+    _main("drafts.py")()
+    assert "by the block's guess" in capsys.readouterr().out
+
+
+def test_every_example_is_short_and_tested() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    for example in EXAMPLES.glob("*.py"):
+        assert f'_main("{example.name}")' in source
+        assert len(example.read_text(encoding="utf-8").splitlines()) < 60
