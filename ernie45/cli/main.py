@@ -5,7 +5,9 @@ when it runs.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -13,10 +15,10 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ernie45 import __version__
-from ernie45.cli import arguments
+from ernie45.cli.arguments import VERBS, Verb
 from ernie45.errors import Ernie45Error, UsageError
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 128 + signal.SIGPIPE
 
 _OVERVIEW = """\
 usage: ernie VERB [...]
@@ -31,9 +33,13 @@ Run ERNIE 4.5 models on this machine.
   ernie convert SRC DST --to pt|paddle|gguf
   ernie verify MODEL               check every tensor
   ernie doctor                     versions, CPU, memory, what to fix
+  ernie --version
 
-`ernie VERB --help` explains a verb. Exit codes: 0 ok, 1 failure, 2 usage, 4 not found, 130 interrupted.
+`ernie VERB --help` explains a verb and shows examples. Models lie in ERNIE45_HOME (default ~/.cache/ernie45).
+Exit codes: 0 ok, 1 failure, 2 usage, 4 not found, 130 interrupted. --debug shows the traceback of an error.
 """
+# Bugs of ours and failures inside libraries, which nobody can act on: reported in one line like everything else.
+_UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,18 +49,18 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (`{self.prog} --help` shows what there is)")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; every verb stores the module that runs it."""
-    parser = _Parser(prog="ernie", usage="ernie VERB [...]", add_help=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--version", action="version", version=f"ernie45 {__version__}")
-    verbs = parser.add_subparsers(dest="verb", parser_class=_Parser)
-    for name, (summary, add_arguments) in arguments.VERBS.items():
-        verb = verbs.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        add_arguments(verb)
+def build_parser(name: str) -> argparse.ArgumentParser:
+    """The command line of one verb. Help is all that it needs `ernie45.cli.arguments` for, hence nothing heavy."""
+    verb: Verb = VERBS[name]
+    examples = "\n".join(f"  {command.ljust(50)}  {what}" for command, what in verb.examples)
+    parser = _Parser(
+        prog=f"ernie {name}",
+        description=verb.summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -63,14 +69,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Spinning OpenMP threads starve everything else on a small machine. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
+    debug = "--debug" in (argv[: argv.index("--")] if "--" in argv else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a character of an answer gets its escape, not a crash.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        options = build_parser().parse_args(argv)
-        if options.verb is None:
-            print(_OVERVIEW, end="")
-            return 0
-        run: Callable[[argparse.Namespace], int] = importlib.import_module(f"ernie45.cli.{options.verb}").run
-        return run(options)
+        code = _dispatch(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk or a reader that left shows here, not at exit
+        return code
+    except SystemExit as done:  # argparse, after printing help
+        return int(done.code or 0)
     except Ernie45Error as error:
         return _report(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
@@ -79,15 +88,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader went away (`ernie models | head`). Nothing can be written any more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except (OSError, MemoryError) as error:
-        return _report(f"{type(error).__name__}: {error}", EXIT_FAILURE, debug)
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _report(f"{where}{error.strerror or error}", EXIT_FAILURE, debug)
+    except MemoryError:
+        return _report("out of memory: use a smaller model or a narrower --dtype", EXIT_FAILURE, debug)
+    except _UNFORESEEN as error:
+        what = f"unforeseen {type(error).__name__}: {error}"
+        return _report(what if debug else f"{what} (--debug shows the traceback)", EXIT_FAILURE, debug)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["--debug"]:
+        argv = [*argv[1:2], "--debug", *argv[2:]]
+    if argv and argv[0] in ("help", "-h", "--help"):
+        argv = [argv[1], "--help"] if len(argv) > 1 else []
+    if not argv or argv == ["--debug"]:
+        print(_OVERVIEW, end="")
+        return 0
+    name, *rest = argv
+    if name in ("-V", "--version"):
+        print(f"ernie45 {__version__}")
+        return 0
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, VERBS, n=1, cutoff=0.5)
+        known = f"did you mean `ernie {close[0]}`?" if close else f"there are {', '.join(VERBS)}"
+        raise UsageError(f"{name!r} is no verb of ernie: {known} (`ernie --help` explains them)")
+    options = _parse(name, rest)
+    run: Callable[[argparse.Namespace], int] = importlib.import_module(f"ernie45.cli.{name}").run
+    return run(options)
+
+
+def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
+    parser = build_parser(name)
+    # Intermixed: `ernie chat MODEL --seed 3 PROMPT` is natural, and plain parsing takes all positionals at once.
+    options, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        parser.error(f"{unknown[0]!r} is not understood{f': did you mean {close[0]}?' if close else ''}")
+    return options
 
 
 def _report(message: str, exit_code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return exit_code
 
 

@@ -3,50 +3,90 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 _BAR_WIDTH = 24
-_REDRAW_S = 0.1
+_TERMINAL_DELAY_S, _TERMINAL_REDRAW_S = 0.5, 0.1
+# A log wants few lines, and none about what takes a moment.
+_LOG_DELAY_S, _LOG_INTERVAL_S = 3.0, 3.0
+_LOG_STEP = 0.05
 
 
 class ProgressBar:
-    """Bytes done, rate and remaining time, on one line of a terminal; elsewhere one line per 20 %. Shown after half a
-    second.
+    """Bytes done, rate and remaining time of one stage after the other, on stderr.
+
+    On a terminal one line that is redrawn, from half a second on; elsewhere, from three seconds on, a line per 5 % and
+    at most one every three seconds. Leaving the `with` block ends a line that is still open.
     """
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self) -> None:
+        self._begin("")
+        self._line_open = False
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_line()
+
+    def stage(self, label: str) -> Callable[[int, int], None]:
+        """Begin a stage; returns what is to be called with the bytes done and in all."""
+        self._end_line()
+        self._begin(label)
+        return self._report
+
+    def _begin(self, label: str) -> None:
+        self._label = label
         self._start = time.monotonic()
-        self._drawn = 0.0
-        self._fifth = 0
-        self._shown = False
+        self._first: tuple[float, int] | None = None
+        self._drawn: tuple[float, float] | None = None
 
-    def __call__(self, done: int, total: int) -> None:
-        """Report `done` of `total` bytes."""
+    def _report(self, done: int, total: int) -> None:
         now = time.monotonic()
-        elapsed = now - self._start
-        finished = done >= total
-        if sys.stderr.isatty():
-            if elapsed > 0.5 and (finished or now - self._drawn > _REDRAW_S):
-                self._drawn, self._shown = now, True
-                print(
-                    "\r" + self._line(done, total, elapsed), end="\n" if finished else "", file=sys.stderr, flush=True
-                )
-        elif total and 5 * done // total > self._fifth and elapsed > 0.5:
-            self._fifth = 5 * done // total
-            print(self._line(done, total, elapsed), file=sys.stderr, flush=True)
-
-    def _line(self, done: int, total: int, elapsed: float) -> str:
+        # The rate counts from the first report: what comes before it is opening files, not moving bytes.
+        self._first = self._first or (now, done)
         share = done / total if total else 1.0
-        rate = done / elapsed if elapsed else 0.0
-        remaining = (total - done) / rate if rate else 0.0
+        if sys.stderr.isatty():
+            redraw = self._drawn is None or now - self._drawn[0] >= _TERMINAL_REDRAW_S or done >= total
+            if redraw and now - self._start >= _TERMINAL_DELAY_S:
+                self._drawn = (now, share)
+                width = shutil.get_terminal_size().columns - 1
+                print(f"\r{self._line(done, total, now)[:width]}\x1b[K", end="", file=sys.stderr, flush=True)
+                self._line_open = True
+            if done >= total:
+                self._end_line()
+        elif self._log_is_due(now, share):
+            self._drawn = (now, share)
+            note(self._line(done, total, now))
+
+    def _log_is_due(self, now: float, share: float) -> bool:
+        if now - self._start < _LOG_DELAY_S:
+            return False
+        if self._drawn is None:
+            return share < 1
+        at, last = self._drawn
+        return share >= 1 > last or (now - at >= _LOG_INTERVAL_S and share - last >= _LOG_STEP)
+
+    def _line(self, done: int, total: int, now: float) -> str:
+        assert self._first is not None, "a line is drawn after the first report"
+        share = done / total if total else 1.0
         bar = ("#" * round(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, ".")
-        amounts = f"{human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s"
-        return f"{self.label} [{bar}] {share:4.0%}  {amounts}, {remaining:.0f} s left "
+        line = f"{self._label} [{bar}] {share:4.0%}  {human_bytes(done)} of {human_bytes(total)}"
+        elapsed, moved = now - self._first[0], done - self._first[1]
+        if elapsed > 0 and moved > 0:
+            rate = moved / elapsed
+            line += f", {human_bytes(rate)}/s, {(total - done) / rate:.0f} s left"
+        return line
+
+    def _end_line(self) -> None:
+        if self._line_open:
+            print(file=sys.stderr, flush=True)
+            self._line_open = False
 
 
 def human_bytes(count: float) -> str:
@@ -79,7 +119,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two columns."""
+    """Print names and values in two columns; an empty name continues the line above."""
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name.ljust(width)}  {value}")

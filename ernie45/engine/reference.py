@@ -161,6 +161,8 @@ class _Sequence:
 
     def accept(self, logits_V: Tensor) -> Piece:
         """Sample from the logits behind the last token and add the result."""
+        # Published tables end in padding rows, which stand for no text.
+        logits_V = logits_V[: self.tokenizer.vocab_size]
         too_early = len(self.output) < self.params.min_tokens
         banned = sorted(i for i in self.end_ids if too_early and i < len(logits_V))
         token = sample(logits_V, self.params, seed=self.seed, prompt=self.prompt, output=self.output, banned=banned)

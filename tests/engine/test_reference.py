@@ -205,3 +205,12 @@ def test_what_does_not_fit_is_refused_with_the_numbers(small_model: Any, tokeniz
         ernie45.generate(model, tokenizer, [1, {"role": "user", "content": "x"}])  # type: ignore[list-item]
     with pytest.raises(RequestError, match="1 sampling parameters for 2 prompts"):
         ernie45.generate_batch(model, tokenizer, [[5], [6]], [GREEDY])
+
+
+def test_padding_rows_of_the_table_are_never_chosen(small_model: Any, tokenizer: Tokenizer) -> None:
+    """The embedding has more rows than the tokenizer has tokens, as in the published models."""
+    model = small_model(vocab_size=400)
+    params = SamplingParams(max_tokens=60, ignore_eos=True, seed=0, logprobs=3)
+    pieces = list(ernie45.generate(model, tokenizer, [5, 6], params))
+    assert max(i for piece in pieces for i in piece.ids) < tokenizer.vocab_size
+    assert max(i for piece in pieces for logprob in piece.logprobs for i, _ in logprob.top) < tokenizer.vocab_size

@@ -1,0 +1,207 @@
+"""The report of `generate.py`: rows from single measurements, as Markdown, as data and as bars.
+
+A ratio is ours over the peer's where more is better, and the peer's over ours where less is: above 1 we are ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.common import QUIET_CORES, Spread, markdown_table, spread
+
+PEER = "transformers"
+BATCH = 8
+BYTES_PER_WEIGHT = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One kind of figure."""
+
+    label: str
+    unit: Literal["s", "MB", "tok/s"]
+    more_is_better: bool
+    decode_batch: int = 0
+    """Sequences that share one pass over the weights; 0 where the memory bound of decoding does not apply."""
+
+
+METRICS: Mapping[str, Metric] = {
+    "load_s": Metric(label="load", unit="s", more_is_better=False),
+    "peak_1_bytes": Metric(label="peak memory, batch 1", unit="MB", more_is_better=False),
+    "peak_8_bytes": Metric(label=f"peak memory, batch {BATCH}", unit="MB", more_is_better=False),
+    "first_token_s": Metric(label="first token", unit="s", more_is_better=False),
+    "prefill_1": Metric(label="prefill, batch 1", unit="tok/s", more_is_better=True),
+    "prefill_8": Metric(label=f"prefill, batch {BATCH}", unit="tok/s", more_is_better=True),
+    "decode_1": Metric(label="decode, batch 1", unit="tok/s", more_is_better=True, decode_batch=1),
+    "decode_8": Metric(label=f"decode, batch {BATCH}", unit="tok/s", more_is_better=True, decode_batch=BATCH),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """A network that is measured, and where its weights come from."""
+
+    name: str
+    weights: Literal["real", "seeded random"]
+    active_parameters: int
+    """Weights that one decoded token reads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table."""
+
+    case: str
+    weights: str
+    metric: str
+    unit: str
+    ours: Spread
+    peer: Spread
+    ratio: float
+    bound: float | None
+    """Most tokens/s that the memory bandwidth allows; None where that bound does not apply."""
+    ours_share: float | None
+    peer_share: float | None
+
+
+def rows_of(
+    network: Network,
+    dtype: str,
+    ours: Sequence[Mapping[str, float]],
+    peer: Sequence[Mapping[str, float]],
+    bytes_per_s: float,
+) -> list[Row]:
+    """The lines of one case. Args: ours, peer: the figures of each repeat. bytes_per_s: memory bandwidth."""
+    rows = []
+    for key, metric in METRICS.items():
+        scale = 1e-6 if metric.unit == "MB" else 1.0
+        mine, other = (spread([scale * figures[key] for figures in runs]) for runs in (ours, peer))
+        bound = None
+        if metric.decode_batch:
+            bound = metric.decode_batch * bytes_per_s / (network.active_parameters * BYTES_PER_WEIGHT[dtype])
+        rows.append(
+            Row(
+                case=f"{network.name}/{dtype}",
+                weights=network.weights,
+                metric=metric.label,
+                unit=metric.unit,
+                ours=mine,
+                peer=other,
+                ratio=mine.median / other.median if metric.more_is_better else other.median / mine.median,
+                bound=bound,
+                ours_share=None if bound is None else mine.median / bound,
+                peer_share=None if bound is None else other.median / bound,
+            )
+        )
+    return rows
+
+
+def to_markdown(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The whole report as text; `report` is what `generate.py` collects, see its `run`."""
+    header = ["case", "weights", "figure", "unit", "ernie45", PEER, "ratio", "bound", "share of bound (peer)"]
+    table = markdown_table(header, [_cells(row) for row in rows])
+    return "\n".join(["## Generation", "", table, "", *(f"- {line}" for line in _facts(report))])
+
+
+def to_data(report: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """The whole report for JSON."""
+    return {**report, "rows": [asdict(row) for row in rows]}
+
+
+def plot(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Decode speed of every case as bars, medians with their spread, and the memory bound as a line above each pair."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    decode = [row for row in rows if row.bound is not None]
+    figure, axes = plt.subplots(figsize=(2 + 1.2 * len(decode), 5), layout="constrained")
+    for offset, label in ((-0.2, "ernie45"), (0.2, PEER)):
+        spreads = [row.ours if label == "ernie45" else row.peer for row in decode]
+        errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        places = [i + offset for i in range(len(decode))]
+        axes.bar(places, [s.median for s in spreads], 0.4, yerr=errors, capsize=3, label=label)
+    bounds = [row.bound for row in decode]
+    left, right = [i - 0.45 for i in range(len(decode))], [i + 0.45 for i in range(len(decode))]
+    axes.hlines(bounds, left, right, colors="black", linestyles="dashed", label="memory bound")
+    labels = [f"{row.case}\n({row.weights})\n{row.metric.removeprefix('decode, ')}" for row in decode]
+    axes.set_xticks(range(len(decode)), labels, fontsize=8)
+    axes.set_ylabel("decoded tokens/s, median and spread")
+    axes.set_title(title, fontsize=9)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _cells(row: Row) -> list[str]:
+    bound = share = "-"
+    if row.bound is not None and row.ours_share is not None and row.peer_share is not None:
+        bound, share = _number(row.bound), f"{row.ours_share:.0%} ({row.peer_share:.0%})"
+    values = [_spread(row.ours), _spread(row.peer), f"{row.ratio:.2f}", bound, share]
+    return [row.case, row.weights, row.metric, row.unit, *values]
+
+
+def _spread(s: Spread) -> str:
+    return f"{_number(s.median)} ({_number(s.low)}-{_number(s.high)})"
+
+
+def _number(value: float) -> str:
+    """Three significant digits, and all digits before the point."""
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{decimals}f}"
+
+
+def _facts(report: Mapping[str, Any]) -> list[str]:
+    machine, settings, bandwidth = report["machine"], report["settings"], report["bandwidth"]
+    cache, memory = machine["last_level_cache_bytes"], machine["memory_bytes"]
+    facts = [
+        f"median (smallest-largest) of {settings['repeats']} fresh processes per package, in turns; ratio above 1: "
+        f"ernie45 is ahead; bound: bytes of all weights that a token reads over {bandwidth['bytes_per_s'] / 1e9:.1f} GB/s"
+        f" (fastest read of {bandwidth['size_bytes'] / 1e9:.1f} GB in this run)",
+        f"prompt {settings['prompt_tokens']} tokens, {settings['decode_steps']} decode steps, greedy, end tokens ignored;"
+        f" {settings['threads']} threads, OMP_WAIT_POLICY={settings['omp_wait_policy']}; peak memory by"
+        f" {settings['memory_method']}",
+        f"machine: {machine['cpu']}, {machine['cores']} cores, last-level cache {_size(cache)}, memory {_size(memory)}, "
+        f"{machine['system']}",
+        f"CPU features: {' '.join(machine['features']) or 'unknown'}; without:"
+        f" {' '.join(machine['features_absent']) or 'none of note'};"
+        f" torch uses {bandwidth['torch_cpu_capability']}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        f"commit {report['commit']}, {report['date']}",
+        f"command: `{report['command']}`",
+        "same greedy tokens as the peer before the first difference: "
+        + ", ".join(f"{case} {same['equal']} of {same['of']}" for case, same in report["same_tokens"].items()),
+    ]
+    return facts + _warnings(report)
+
+
+def _warnings(report: Mapping[str, Any]) -> list[str]:
+    warnings = []
+    noise, cache = report["other_cores_max"], report["machine"]["last_level_cache_bytes"]
+    if noise is None:
+        warnings.append("what other processes did meanwhile is unknown on this system")
+    elif noise > QUIET_CORES:
+        warnings.append(
+            f"**not to be published**: other processes used up to {noise:.2f} cores (limit {QUIET_CORES}): repeat it on a"
+            " quiet machine"
+        )
+    else:
+        warnings.append(f"other processes used at most {noise:.2f} cores")
+    if report["settings"]["quick"]:
+        warnings.append("**not to be published**: --quick measures tiny networks, to test this program")
+    cached = [case for case, size in report["weight_bytes"].items() if cache is not None and size < cache]
+    if cached:
+        warnings.append(
+            f"the weights of {', '.join(cached)} fit into the last-level cache: the memory bound may be beaten there"
+        )
+    return warnings
+
+
+def _size(size_bytes: int | None) -> str:
+    if size_bytes is None:
+        return "unknown"
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
