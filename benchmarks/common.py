@@ -25,7 +25,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ernie45 import __version__
 from ernie45.errors import CapacityError, Ernie45Error
+from ernie45.kernels.native import status
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,7 +74,7 @@ class Fresh:
 
 
 def thread_environment(threads: int) -> dict[str, str]:
-    """Environment of a measuring process: its threads, how they wait, and no network.
+    """Environment of a measuring process: its threads, how they wait, no network and no progress bars.
 
     A stated OMP_WAIT_POLICY is kept; without one it is `passive`, as the package's entry points set it.
     """
@@ -80,6 +82,7 @@ def thread_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
 
 
@@ -125,7 +128,7 @@ class PeakMemory:
     """Resident memory above what the process held when the meter was made; mapped file pages count.
 
     Linux lets a process reset its high-water mark. Elsewhere the mark of the whole life is used, so that a peak during
-    the imports would hide smaller ones after it; `method` says which it is.
+    the imports, or a larger parent process, would hide smaller ones after it; `method` says which it is.
     """
 
     def __init__(self) -> None:
@@ -187,7 +190,7 @@ def measure_bandwidth(*, size_bytes: int, repeats: int) -> dict[str, Any]:
 
 
 def bandwidth_size_bytes() -> int:
-    """A read that no cache helps: four times the last-level cache and at least 1 GiB, at most a quarter of the memory."""
+    """A read that no cache helps: four times the last-level cache, at least 1 GiB, at most a quarter of the memory."""
     wanted = max(1 << 30, 4 * (last_level_cache_bytes() or 0))
     memory = memory_bytes()
     return wanted if memory is None else min(wanted, memory // 4)
@@ -224,17 +227,19 @@ def memory_bytes() -> int | None:
 
 
 def software_versions(packages: Sequence[str]) -> dict[str, str]:
-    """Versions of Python, of this package, of its native extension and of `packages`, by name."""
-    from ernie45 import __version__
-    from ernie45.kernels.native import status
-
-    versions = {"python": platform.python_version(), "ernie45": __version__, "native extension": status().reason}
+    """Versions of Python, of this package and of `packages`, by name."""
+    versions = {"python": platform.python_version(), "ernie45": __version__}
     for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def native_extension() -> str:
+    """How this package's compiled part was built, or why it is not used."""
+    return status().reason
 
 
 def commit() -> str:
@@ -251,10 +256,10 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first two columns are words, the others numbers, set to the right."""
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_words: int) -> str:
+    """A Markdown table; the first `num_words` columns are words, the others numbers, set to the right."""
     widths = [max(3, *(len(row[i]) for row in (header, *rows))) for i in range(len(header))]
-    numeric = [i >= 2 for i in range(len(header))]
+    numeric = [i >= num_words for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
         set_cells = [c.rjust(w) if n else c.ljust(w) for c, w, n in zip(cells, widths, numeric, strict=True)]

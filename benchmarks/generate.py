@@ -26,7 +26,8 @@ from benchmarks.generate_report import BATCH, BYTES_PER_WEIGHT, PEER, Network, R
 from ernie45.errors import Ernie45Error, NotFoundError, UsageError
 from ernie45.store.location import DEFAULT_MODEL, home, resolve
 
-_PACKAGES = ("ernie45", PEER)
+_OURS = "ernie45"
+_PACKAGES = (_OURS, PEER)
 _PRESET = "ERNIE-4.5-0.3B"
 _SEED = 0
 _WORKER = "benchmarks.generate_worker"
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], list
     _check_outputs(options)
     plan = _quick_plan() if options.quick else Plan(networks=FULL)
     cases = select_cases(plan.networks, options.only)
+    began = {"date": common.now(), "commit": common.commit()}  # before somebody edits or commits
     rehearsal = _prepare(TINY, plan, options)
     names = dict.fromkeys(name for name, _ in cases)
     prepared = {name: rehearsal if name == TINY else _prepare(name, plan, options) for name in names}
@@ -92,17 +94,18 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], list
         for row in rows_of(
             prepared[name].network,
             dtype,
-            *([r["figures"] for r in _of(runs, name, dtype, package)] for package in _PACKAGES),
+            ours=[r["figures"] for r in _of(runs, name, dtype, _OURS)],
+            peer=[r["figures"] for r in _of(runs, name, dtype, PEER)],
             bytes_per_s=bandwidth["bytes_per_s"],
         )
     ]
     noises = [r["other_cores"] for r in runs]
     report = {
         "benchmark": "generate",
-        "date": common.now(),
+        **began,
         "command": command,
-        "commit": common.commit(),
         "versions": common.software_versions(("torch", PEER, "numpy")),
+        "native_extension": common.native_extension(),
         "machine": common.machine_facts(),
         "settings": {
             "threads": options.threads,
@@ -116,6 +119,7 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], list
             "memory_method": "/".join(sorted({r["memory_method"] for r in runs})),
         },
         "bandwidth": bandwidth,
+        "bandwidth_before_and_after": [before["bytes_per_s"], after["bytes_per_s"]],
         "networks": [asdict(p.network) for p in prepared.values()],
         "weight_bytes": {
             f"{name}/{dtype}": prepared[name].network.active_parameters * BYTES_PER_WEIGHT[dtype]

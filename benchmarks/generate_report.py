@@ -33,6 +33,7 @@ METRICS: Mapping[str, Metric] = {
     "peak_1_bytes": Metric(label="peak memory, batch 1", unit="MB", more_is_better=False),
     "peak_8_bytes": Metric(label=f"peak memory, batch {BATCH}", unit="MB", more_is_better=False),
     "first_token_s": Metric(label="first token", unit="s", more_is_better=False),
+    "start_s": Metric(label="load and first token", unit="s", more_is_better=False),
     "prefill_1": Metric(label="prefill, batch 1", unit="tok/s", more_is_better=True),
     "prefill_8": Metric(label=f"prefill, batch {BATCH}", unit="tok/s", more_is_better=True),
     "decode_1": Metric(label="decode, batch 1", unit="tok/s", more_is_better=True, decode_batch=1),
@@ -102,7 +103,7 @@ def rows_of(
 def to_markdown(report: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The whole report as text; `report` is what `generate.py` collects, see its `run`."""
     header = ["case", "weights", "figure", "unit", "ernie45", PEER, "ratio", "bound", "share of bound (peer)"]
-    table = markdown_table(header, [_cells(row) for row in rows])
+    table = markdown_table(header, [_cells(row) for row in rows], num_words=4)
     return "\n".join(["## Generation", "", table, "", *(f"- {line}" for line in _facts(report))])
 
 
@@ -159,18 +160,19 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
     machine, settings, bandwidth = report["machine"], report["settings"], report["bandwidth"]
     cache, memory = machine["last_level_cache_bytes"], machine["memory_bytes"]
     facts = [
-        f"median (smallest-largest) of {settings['repeats']} fresh processes per package, in turns; ratio above 1: "
-        f"ernie45 is ahead; bound: bytes of all weights that a token reads over {bandwidth['bytes_per_s'] / 1e9:.1f} GB/s"
-        f" (fastest read of {bandwidth['size_bytes'] / 1e9:.1f} GB in this run)",
-        f"prompt {settings['prompt_tokens']} tokens, {settings['decode_steps']} decode steps, greedy, end tokens ignored;"
-        f" {settings['threads']} threads, OMP_WAIT_POLICY={settings['omp_wait_policy']}; peak memory by"
+        f"median (smallest-largest) of {settings['repeats']} fresh processes per package, in turns; ratio above 1:"
+        f" ernie45 is ahead; bound: bytes of all weights that a token reads over {bandwidth['bytes_per_s'] / 1e9:.1f}"
+        f" GB/s (fastest read of {bandwidth['size_bytes'] / 1e9:.1f} GB in this run)",
+        f"prompt {settings['prompt_tokens']} tokens, {settings['decode_steps']} decode steps, greedy, end tokens"
+        f" ignored; {settings['threads']} threads, OMP_WAIT_POLICY={settings['omp_wait_policy']}; peak memory by"
         f" {settings['memory_method']}",
-        f"machine: {machine['cpu']}, {machine['cores']} cores, last-level cache {_size(cache)}, memory {_size(memory)}, "
-        f"{machine['system']}",
+        f"machine: {machine['cpu']}, {machine['cores']} cores, last-level cache {_size(cache)}, memory {_size(memory)},"
+        f" {machine['system']}",
         f"CPU features: {' '.join(machine['features']) or 'unknown'}; without:"
         f" {' '.join(machine['features_absent']) or 'none of note'};"
         f" torch uses {bandwidth['torch_cpu_capability']}",
         "versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        f"native extension: {report['native_extension']}",
         f"commit {report['commit']}, {report['date']}",
         f"command: `{report['command']}`",
         "same greedy tokens as the peer before the first difference: "
@@ -186,8 +188,8 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
         warnings.append("what other processes did meanwhile is unknown on this system")
     elif noise > QUIET_CORES:
         warnings.append(
-            f"**not to be published**: other processes used up to {noise:.2f} cores (limit {QUIET_CORES}): repeat it on a"
-            " quiet machine"
+            f"**not to be published**: other processes used up to {noise:.2f} cores (limit {QUIET_CORES}): repeat it on"
+            " a quiet machine"
         )
     else:
         warnings.append(f"other processes used at most {noise:.2f} cores")

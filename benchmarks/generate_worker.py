@@ -13,20 +13,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import ernie45
 from benchmarks.common import PeakMemory
 
 _WARM_UP_PROMPT_TOKENS = 8
 _STD = 0.02  # the published initializer_range
 
 _TEXT = """\
-A lighthouse keeper counts the ships that pass at night. On calm evenings there are few of them, and the beam turns over
-an empty sea; when a storm comes up from the south, the fishing boats hurry home one behind the other, and their lamps
-look like beads on a string. He writes the hour, the wind and the number of lamps into a book with a green cover. The
-book before it was red, and the one before that had lost its cover long before he came to the island. In winter the
-supply boat lands once in three weeks. It brings flour, oil, letters, and newspapers that are old when they arrive, which
-does not trouble him: the news of a lighthouse is the weather, and that he reads from the sky. Once a scientist stayed for
-a month to study the birds that fly against the glass, and left behind a barometer, two maps of the coast and a habit of
-drinking tea at four. Since then the book has had a column for birds.
+A lighthouse keeper counts the ships that pass at night. On calm evenings there are few of them, and the beam turns
+over an empty sea; when a storm comes up from the south, the fishing boats hurry home one behind the other, and their
+lamps look like beads on a string. He writes the hour, the wind and the number of lamps into a book with a green
+cover. The book before it was red, and the one before that had lost its cover long before he came to the island. In
+winter the supply boat lands once in three weeks. It brings flour, oil, letters, and newspapers that are old when they
+arrive, which does not trouble him: the news of a lighthouse is the weather, and that he reads from the sky. Once a
+scientist stayed for a month to study the birds that fly against the glass, and left behind a barometer, two maps of
+the coast and a habit of drinking tea at four. Since then the book has had a column for birds.
 """
 
 
@@ -50,21 +51,15 @@ class Ernie45Runner:
     """This package."""
 
     def __init__(self, folder: Path) -> None:
-        import ernie45
-
         self._folder = folder
         self._tokenizer = ernie45.load_tokenizer(folder)
 
     def load(self, dtype: str) -> None:
         """See `Runner`."""
-        import ernie45
-
         self._model = ernie45.load_model(self._folder, dtype=dtype)
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[list[float], list[int]]:
         """See `Runner`."""
-        import ernie45
-
         params = ernie45.SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
         clock: list[float] = []
         ids: list[int] = []
@@ -88,11 +83,7 @@ class TransformersRunner:
     """The peer, with the attention and the generation settings that it chooses itself."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers.utils import logging
-
         self._folder = folder
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
 
     def load(self, dtype: str) -> None:
         """See `Runner`."""
@@ -138,8 +129,8 @@ def measure(
 
     Args: package: a key of `RUNNERS`. rehearsal: a tiny checkpoint. prompts: as many as the batch has, equally long.
         decode_steps: steps on the clock.
-    Returns: `figures` by the keys of `generate_report.METRICS`, seconds, bytes and tokens/s; `ids`, the greedy output of
-    the first prompt; `memory_method`.
+    Returns: `figures` by the keys of `generate_report.METRICS`, seconds, bytes and tokens/s; `ids`, the greedy output
+    of the first prompt; `memory_method`.
     """
     _rehearse(RUNNERS[package](Path(rehearsal)), dtype)
     runner: Runner = RUNNERS[package](Path(folder))
@@ -150,6 +141,7 @@ def measure(
 
     first, batch = prompts[:1], prompts
     figures["first_token_s"] = _prefill_s(runner, first)
+    figures["start_s"] = figures["load_s"] + figures["first_token_s"]
     figures["prefill_1"] = len(first[0]) / _prefill_s(runner, prompts[1:2])  # another prompt: nothing can be reused
     figures["decode_1"], ids = _decode_rate(runner, first, decode_steps)
     figures["peak_1_bytes"] = memory.above_base()
@@ -171,7 +163,6 @@ def prepare_random(
     """
     import torch
 
-    import ernie45
     from ernie45.models.build import build_model
     from ernie45.models.init import initialize
 
@@ -191,8 +182,6 @@ def prepare_random(
 
 def prepare_real(*, folder: str, num_prompts: int, prompt_tokens: int) -> dict[str, Any]:
     """Cut prompts from a text, each beginning elsewhere; returns what `prepare_random` returns."""
-    import ernie45
-
     ids = ernie45.load_tokenizer(folder).encode(_TEXT)
     stride = max(1, len(ids) // num_prompts)
     prompts = [[ids[(i * stride + j) % len(ids)] for j in range(prompt_tokens)] for i in range(num_prompts)]
@@ -223,10 +212,8 @@ def _decode_rate(runner: Runner, prompts: Sequence[Sequence[int]], steps: int) -
     return len(prompts) * steps / (clock[-1] - clock[-1 - steps]), ids
 
 
-def _tiny_config() -> Any:
-    from ernie45 import ModelConfig
-
-    return ModelConfig(
+def _tiny_config() -> ernie45.ModelConfig:
+    return ernie45.ModelConfig(
         vocab_size=512,
         hidden_size=64,
         intermediate_size=128,

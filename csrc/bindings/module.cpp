@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include "bindings/packed.hpp"
 #include "kernels/cpu_features.hpp"
 
 namespace nb = nanobind;
@@ -63,4 +64,5 @@ NB_MODULE(_native, m) {
           "Architecture, model, core counts, size of one cache of each level in bytes; None where the system does not tell.");
     m.def("build_info", &build_info, nb::sig("def build_info() -> dict[str, str]"),
           "How this module was compiled: package version, compiler, flags, build type, ABI, Python and nanobind versions.");
+    ernie45::bind_packed(m);
 }

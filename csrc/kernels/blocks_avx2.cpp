@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "kernels/exponential.hpp"
 #include "kernels/packed.hpp"
 
 namespace ernie45 {
@@ -128,10 +129,29 @@ void round_group(const float* x, std::int8_t* values, float* scale, std::int32_t
     *sum = _mm_cvtsi128_si32(sums);
 }
 
+__m256 exponential(__m256 x) {
+    x = _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(kExpLowest)), _mm256_set1_ps(kExpHighest));
+    const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2High), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(kLn2Low), r);
+    __m256 p = _mm256_set1_ps(kExpTerms[0]);
+    for (std::size_t i = 1; i < kExpCount; ++i) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(kExpTerms[i]));
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+}
+
+void swiglu(const float* gate, const float* up, float* out) {
+    for (std::size_t i = 0; i < kRows; i += 8) {
+        const __m256 g = _mm256_loadu_ps(gate + i);
+        const __m256 below = _mm256_add_ps(_mm256_set1_ps(1.0f), exponential(_mm256_sub_ps(_mm256_setzero_ps(), g)));
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_div_ps(g, below), _mm256_loadu_ps(up + i)));
+    }
+}
+
 }  // namespace
 
 const BlockKernels& avx2_blocks() {
-    static constexpr BlockKernels kernels{block<4>, block<8>, round_group};
+    static constexpr BlockKernels kernels{block<4>, block<8>, round_group, swiglu};
     return kernels;
 }
 

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "kernels/exponential.hpp"
 #include "kernels/packed.hpp"
 
 namespace ernie45 {
@@ -86,10 +87,27 @@ void round_group(const float* x, std::int8_t* values, float* scale, std::int32_t
     *sum = _mm512_reduce_add_epi32(total);
 }
 
+__m512 exponential(__m512 x) {
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(kExpLowest)), _mm512_set1_ps(kExpHighest));
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2High), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLn2Low), r);
+    __m512 p = _mm512_set1_ps(kExpTerms[0]);
+    for (std::size_t i = 1; i < kExpCount; ++i) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(kExpTerms[i]));
+    return _mm512_castsi512_ps(
+        _mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_cvtps_epi32(n), 23)));
+}
+
+void swiglu(const float* gate, const float* up, float* out) {
+    const __m512 g = _mm512_loadu_ps(gate);
+    const __m512 below = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), g)));
+    _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_div_ps(g, below), _mm512_loadu_ps(up)));
+}
+
 }  // namespace
 
 const BlockKernels& avx512_blocks() {
-    static constexpr BlockKernels kernels{block<4>, block<8>, round_group};
+    static constexpr BlockKernels kernels{block<4>, block<8>, round_group, swiglu};
     return kernels;
 }
 

@@ -2,23 +2,12 @@
 #include <cmath>
 #include <cstring>
 
+#include "kernels/exponential.hpp"
+#include "kernels/half.hpp"
 #include "kernels/packed.hpp"
 
 namespace ernie45 {
 namespace {
-
-float half_to_float(std::uint16_t half) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-    const std::uint32_t exponent = (half >> 10) & 31u, mantissa = half & 1023u;
-    float magnitude;
-    if (exponent == 0) {
-        magnitude = std::ldexp(static_cast<float>(mantissa), -24);
-    } else {
-        const std::uint32_t bits = exponent == 31 ? 0x7F800000u | (mantissa << 13) : ((exponent + 112) << 23) | (mantissa << 13);
-        std::memcpy(&magnitude, &bits, sizeof magnitude);
-    }
-    return sign ? -magnitude : magnitude;
-}
 
 // Sum of one row of a group: row r of the 16, exact.
 template <int Bits>
@@ -64,10 +53,24 @@ void round_group(const float* x, std::int8_t* values, float* scale, std::int32_t
     }
 }
 
+float exponential(float x) {
+    x = std::fmin(std::fmax(x, kExpLowest), kExpHighest);
+    const float n = std::nearbyint(x * kLog2E);
+    float r = std::fma(-n, kLn2High, x);
+    r = std::fma(-n, kLn2Low, r);
+    float p = kExpTerms[0];
+    for (std::size_t i = 1; i < kExpCount; ++i) p = std::fma(p, r, kExpTerms[i]);
+    return std::ldexp(p, static_cast<int>(n));
+}
+
+void swiglu(const float* gate, const float* up, float* out) {
+    for (std::size_t i = 0; i < kRows; ++i) out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+}
+
 }  // namespace
 
 const BlockKernels& baseline_blocks() {
-    static constexpr BlockKernels kernels{block<4>, block<8>, round_group};
+    static constexpr BlockKernels kernels{block<4>, block<8>, round_group, swiglu};
     return kernels;
 }
 

@@ -51,10 +51,13 @@ using BlockKernel = void (*)(const std::uint8_t* weights, const std::uint16_t* s
                              std::size_t groups_per_scale, const Rounded& x, std::size_t tokens, float* out);
 // Rounds one group of 64 values.
 using RoundKernel = void (*)(const float* x, std::int8_t* values, float* scale, std::int32_t* sum);
+// silu(gate) * up of 16 values. The exponential is the same polynomial in every file (exponential.hpp), so the bits are too.
+using SwigluKernel = void (*)(const float* gate, const float* up, float* out);
 
 struct BlockKernels {
     BlockKernel block4, block8;
     RoundKernel round;
+    SwigluKernel swiglu;
 };
 
 const BlockKernels& baseline_blocks();

@@ -1,161 +1,160 @@
-"""`ernie chat`: one answer to a prompt, or a conversation in the terminal."""
+"""`ernie chat`: one answer to a prompt; without one, a conversation (`conversation.py`)."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
+import secrets
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ernie45
+from ernie45.cli.conversation import Conversation
 from ernie45.cli.output import ProgressBar, note, print_json
 from ernie45.engine.reference import Piece, Prompt, prompt_ids
-from ernie45.errors import RequestError, UsageError
+from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
-from ernie45.store.location import resolve
+from ernie45.store.location import DEFAULT_MODEL, resolve
 
-_HELP = """\
-/help       this
-/clear      forget the conversation
-/system X   set the system message
-/exit       leave (or Ctrl-D); Ctrl-C stops an answer"""
 # What generation_config.json may preset, by our names.
 _PRESETS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# The advice on the model cards of ERNIE 4.5, for models that state nothing.
+_RECOMMENDED = {"temperature": 0.8, "top_p": 0.8}
+_MODEL_LIKE = re.compile(r"[A-Za-z0-9_./-]{1,128}|[./~].{1,1024}")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Load the model, then answer once or converse."""
-    model_arg, prompt = _model_and_prompt(options)
-    if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
-        if not prompt.strip():
-            raise UsageError("the prompt is empty: give it as an argument or through a pipe")
-    path = resolve(model_arg)
-    chat = _load(path, options)
-    if prompt is not None:
-        return chat.once(prompt, as_json=options.json)
-    if options.raw or options.json:
-        raise UsageError("--raw and --json need a prompt")
-    return chat.converse()
-
-
-def _model_and_prompt(options: argparse.Namespace) -> tuple[str | None, str | None]:
-    """`ernie chat "a question"` asks the default model: one argument that is no model is the prompt."""
-    lone = options.model if options.prompt is None else None
-    if lone is not None and any(c.isspace() for c in lone) and not Path(lone).exists():
-        return None, lone
-    return options.model, options.prompt
-
-
-def _load(path: Path, options: argparse.Namespace) -> _Chat:
+    """Check what was asked for, load the model, then answer once or converse."""
+    path, prompt = _model_and_prompt(options)
+    if prompt is None and not _is_terminal():
+        prompt = sys.stdin.read() if sys.stdin is not None else ""
+    _check(options, prompt)
+    sampling = _sampling(path, options)
     tokenizer = ernie45.load_tokenizer(path)
-    start = time.monotonic()
-    model = ernie45.load_model(path, options.dtype, options.device, progress=ProgressBar("loading"))
-    if sys.stderr.isatty():
-        note(f"{path.name}: loaded in {time.monotonic() - start:.1f} s as {str(model.dtype).removeprefix('torch.')}")
-    return _Chat(model, tokenizer, _sampling(path, options), options.system, options.thinking, options.raw)
+    # Encoding before loading: a prompt that cannot be expressed fails at once, not after minutes of reading weights.
+    first = prompt if prompt is not None and options.raw else _messages(options.system, prompt or "?")
+    ids = _encode(tokenizer, first, options.thinking)
+    model = _load(path, options)
+    if prompt is None:
+        return Conversation(model, tokenizer, sampling, options.system, options.thinking).run()
+    return _answer(model, tokenizer, ids, sampling, as_json=options.json)
+
+
+def _model_and_prompt(options: argparse.Namespace) -> tuple[Path, str | None]:
+    """The model's path, and the prompt if it is an argument: a lone argument that cannot be a model is a prompt."""
+    lone = options.model if options.prompt is None else None
+    if lone is not None and not os.path.exists(lone) and not _MODEL_LIKE.fullmatch(lone):
+        return resolve(None), lone
+    try:
+        return resolve(options.model), options.prompt
+    except NotFoundError as error:
+        if lone is None or "/" in lone:
+            raise
+        raise NotFoundError(f"{error}; to ask the default model: ernie chat {DEFAULT_MODEL} {lone}") from error
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _check(options: argparse.Namespace, prompt: str | None) -> None:
+    """Refuse what could only be ignored. Raises: UsageError."""
+    if prompt is None and (options.raw or options.json):
+        raise UsageError("--raw and --json need a prompt: give it as an argument or through a pipe")
+    if options.raw and (options.system is not None or options.thinking is not None):
+        raise UsageError("--raw uses no chat template, so --system, --think and --no-think mean nothing: leave one out")
+    if prompt is None:
+        return
+    if not prompt.strip():
+        raise UsageError("the prompt is empty: give it as an argument or through a pipe")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        # Python keeps bytes that are no UTF-8 as halves of surrogate pairs.
+        raise UsageError(f"the prompt is not UTF-8 at character {error.start}: convert it (iconv -t utf-8)") from error
 
 
 def _sampling(path: Path, options: argparse.Namespace) -> ernie45.SamplingParams:
-    """The model's own defaults, overridden by what was asked for."""
-    chosen: dict[str, Any] = {}
+    """What was asked for, over the model's own defaults. Raises: UsageError, CheckpointError."""
+    asked = {name: getattr(options, name) for name in (*_PRESETS, "max_tokens", "seed")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    try:
+        ernie45.SamplingParams(**asked, stop=tuple(options.stop))
+    except RequestError as error:
+        raise UsageError(str(error)) from error
+    return ernie45.SamplingParams(**_model_defaults(path) | asked, stop=tuple(options.stop))
+
+
+def _model_defaults(path: Path) -> dict[str, Any]:
     file = path / "generation_config.json"
-    if file.is_file():
+    if not file.is_file():
+        return _RECOMMENDED
+    try:
         stated = json.loads(file.read_text(encoding="utf-8"))
         chosen = {name: stated[name] for name in _PRESETS if stated.get(name) is not None}
         if stated.get("do_sample") is False:
             chosen["temperature"] = 0.0
-    asked = {name: getattr(options, name) for name in (*_PRESETS, "max_tokens", "seed")}
-    chosen |= {name: value for name, value in asked.items() if value is not None}
-    return ernie45.SamplingParams(**chosen, stop=tuple(options.stop))
+        ernie45.SamplingParams(**chosen)
+    except (ValueError, AttributeError, RequestError) as error:
+        raise CheckpointError(f"{file} cannot be used: {error}; correct or remove it") from error
+    return chosen or _RECOMMENDED
 
 
-@dataclass
-class _Chat:
-    """A conversation with one model."""
+def _messages(system: str | None, question: str) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": question}]
+    return [{"role": "system", "content": system}, *messages] if system else messages
 
-    model: CausalLM
-    tokenizer: Tokenizer
-    sampling: ernie45.SamplingParams
-    system: str | None
-    thinking: bool | None
-    raw: bool
-    messages: list[dict[str, str]] = field(default_factory=list)
 
-    def once(self, prompt: str, *, as_json: bool) -> int:
-        """Answer one prompt and leave."""
-        if as_json:
-            pieces = list(self._pieces(self._prompt(prompt)))
-            print_json(self._summary(prompt, pieces))
-            return 0
-        for piece in self._pieces(self._prompt(prompt)):
+def _encode(tokenizer: Tokenizer, prompt: Prompt, thinking: bool | None) -> list[int]:
+    try:
+        return prompt_ids(tokenizer, prompt, thinking=thinking)
+    except RequestError as error:
+        if thinking is None:
+            raise
+        raise UsageError(f"{'--think' if thinking else '--no-think'}: {error}") from error
+
+
+def _load(path: Path, options: argparse.Namespace) -> CausalLM:
+    start = time.monotonic()
+    with ProgressBar() as bar:
+        model = ernie45.load_model(path, options.dtype, options.device, progress=bar.stage("loading"))
+    if sys.stderr.isatty():
+        note(f"{path.name}: loaded in {time.monotonic() - start:.1f} s as {str(model.dtype).removeprefix('torch.')}")
+    return model
+
+
+def _answer(
+    model: CausalLM, tokenizer: Tokenizer, ids: list[int], sampling: ernie45.SamplingParams, *, as_json: bool
+) -> int:
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=secrets.randbits(32))  # drawn here, so that it can be told
+    pieces = []
+    for piece in ernie45.generate(model, tokenizer, ids, sampling):
+        pieces.append(piece)
+        if not as_json:
             print(piece.text, end="", flush=True)
-        print()
+    if as_json:
+        print_json(_summary(pieces, len(ids), sampling))
         return 0
+    print()
+    if pieces[-1].finish_reason == "length":
+        note(f"[stopped after {len(pieces)} tokens, the limit: --max-tokens sets it]")
+    return 0
 
-    def converse(self) -> int:
-        """Read questions until the end of input."""
-        import readline  # noqa: F401  # line editing and history for input()
 
-        note(_HELP)
-        while True:
-            try:
-                line = input("> ").strip()
-            except EOFError:
-                print()
-                return 0
-            if line in ("/exit", "/quit"):
-                return 0
-            if line == "/clear":
-                self.messages.clear()
-            elif line.startswith("/system"):
-                self.system = line.removeprefix("/system").strip() or None
-            elif line.startswith("/"):
-                note(_HELP)
-            elif line:
-                self._turn(line)
-
-    def _turn(self, question: str) -> None:
-        self.messages.append({"role": "user", "content": question})
-        answer, count, start = "", 0, time.monotonic()
-        try:
-            for piece in self._pieces(self._with_system(self.messages)):
-                print(piece.text, end="", flush=True)
-                answer += piece.text
-                count += len(piece.ids)
-        except KeyboardInterrupt:
-            pass
-        except RequestError as error:
-            self.messages.pop()
-            note(f"error: {error}; /clear forgets the conversation")
-            return
-        print()
-        note(f"[{count} tokens, {count / (time.monotonic() - start):.1f} tokens/s]")
-        self.messages.append({"role": "assistant", "content": answer})
-
-    def _prompt(self, prompt: str) -> Prompt:
-        return prompt if self.raw else self._with_system([{"role": "user", "content": prompt}])
-
-    def _with_system(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        return [{"role": "system", "content": self.system}, *messages] if self.system else messages
-
-    def _pieces(self, prompt: Prompt) -> Any:
-        return ernie45.generate(self.model, self.tokenizer, prompt, self.sampling, thinking=self.thinking)
-
-    def _summary(self, prompt: str, pieces: list[Piece]) -> dict[str, Any]:
-        ids = [i for piece in pieces for i in piece.ids]
-        num_prompt = len(prompt_ids(self.tokenizer, self._prompt(prompt), thinking=self.thinking))
-        return {
-            "text": "".join(piece.text for piece in pieces),
-            "ids": ids,
-            "finish_reason": pieces[-1].finish_reason,
-            "usage": {
-                "prompt_tokens": num_prompt,
-                "completion_tokens": len(ids),
-                "total_tokens": num_prompt + len(ids),
-            },
-        }
+def _summary(pieces: list[Piece], num_prompt: int, sampling: ernie45.SamplingParams) -> dict[str, Any]:
+    ids = [token for piece in pieces for token in piece.ids]
+    return {
+        "text": "".join(piece.text for piece in pieces),
+        "ids": ids,
+        "finish_reason": pieces[-1].finish_reason,
+        "stop_reason": pieces[-1].stop_reason,
+        "seed": sampling.seed,
+        "usage": {"prompt_tokens": num_prompt, "completion_tokens": len(ids), "total_tokens": num_prompt + len(ids)},
+    }

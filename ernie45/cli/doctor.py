@@ -1,4 +1,8 @@
-"""`ernie doctor`."""
+"""`ernie doctor`: what is installed, what the machine offers, what to fix.
+
+Exit code 1 only if nothing can run as it is: a required package is missing, or the store cannot be written. Advice (no
+compiled kernels, no default model, a nearly full disk) leaves it at 0.
+"""
 
 from __future__ import annotations
 
@@ -8,72 +12,107 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ernie45 import __version__
 from ernie45.cli.output import human_bytes, print_facts, print_json
 from ernie45.kernels.native import status
 from ernie45.store.location import DEFAULT_MODEL, home, installed
 
-_PACKAGES = ("torch", "numpy", "tokenizers", "sentencepiece", "jinja2", "huggingface_hub", "transformers")
+_REQUIRED = ("torch", "numpy", "tokenizers", "sentencepiece", "jinja2", "huggingface_hub")
+_OPTIONAL = ("transformers",)
 _ROOM_BYTES = 2 << 30
 
 
 def run(options: argparse.Namespace) -> int:
-    """Show the state of the installation and of the machine; exit code 1 if something must be fixed."""
-    import torch
-
-    native = status()
+    """Show the state of the installation and of the machine."""
+    packages = {name: _version(name) for name in (*_REQUIRED, *_OPTIONAL)}
+    torch_facts = _torch()
     memory, available = _memory()
     store = home()
-    disk = shutil.disk_usage(next(folder for folder in (store, *store.parents) if folder.exists()))
-    fixes = []
-    if not native.available:
-        fixes.append(f"native kernels: {native.reason}. {native.remedy or ''}".strip())
-    if DEFAULT_MODEL not in installed():
-        fixes.append(f"the default model is not here: ernie pull {DEFAULT_MODEL}")
-    if disk.free < _ROOM_BYTES:
-        fixes.append(f"only {human_bytes(disk.free)} free in {store}: set ERNIE45_HOME to a larger disk")
-    if os.environ.get("OMP_WAIT_POLICY", "passive").lower() != "passive":
-        fixes.append("OMP_WAIT_POLICY is not passive: waiting threads burn the cores that others need")
+    existing = next(folder for folder in (store, *store.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    native = status()
+    broken = _broken(packages, torch_facts, store, existing)
     data = {
         "ernie45": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "cpu": {
-            "features": list(native.features),
-            "logical_cores": os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-        },
-        "cuda": torch.cuda.is_available(),
+        "packages": packages,
+        "cpu": {"features": list(native.features), "logical_cores": os.cpu_count(), **native.cpu},
+        "torch": torch_facts,
         "kernels": {"native": native.available, "reason": native.reason},
         "memory_bytes": memory,
         "memory_available_bytes": available,
         "store": str(store),
-        "disk_free_bytes": disk.free,
+        "disk_free_bytes": free,
         "models": list(installed()),
-        "to_fix": fixes,
+        "ok": not broken,
+        "to_fix": broken + _advice(free, store),
     }
     if options.json:
         print_json(data)
-        return 0
-    packages = ", ".join(f"{name} {version or 'missing'}" for name, version in data["packages"].items())  # type: ignore[attr-defined]
-    print_facts(
-        [
-            ("ernie45", f"{__version__} on Python {platform.python_version()}, {sys.platform}"),
-            ("packages", packages),
-            ("CPU", f"{os.cpu_count()} logical cores, torch uses {torch.get_num_threads()} threads"),
-            ("CPU features", " ".join(native.features) or "unknown without the native module"),
-            ("kernels", f"native module {'found' if native.available else 'not found'}: {native.reason}"),
-            ("CUDA", "available" if torch.cuda.is_available() else "not available"),
-            ("memory", f"{human_bytes(available)} available of {human_bytes(memory)}"),
-            ("disk", f"{human_bytes(disk.free)} free in {store}"),
-            ("models here", ", ".join(installed()) or "none"),
-            ("to fix", "; ".join(fixes) or "nothing"),
-        ]
-    )
-    return 0
+    else:
+        print_facts(_facts(data))
+    return 1 if broken else 0
+
+
+def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    packages = [
+        f"{name} {version or ('missing' if name in _REQUIRED else 'not installed (optional)')}"
+        for name, version in data["packages"].items()
+    ]
+    torch_facts, kernels = data["torch"], data["kernels"]
+    facts = [
+        ("ernie45", f"{data['ernie45']} on Python {data['python']}, {sys.platform}"),
+        ("packages", ", ".join(packages)),
+        ("CPU", f"{data['cpu']['logical_cores']} logical cores, torch uses {torch_facts['threads']} threads"),
+        ("CPU features", " ".join(data["cpu"]["features"]) or "unknown without the native module"),
+        ("kernels", f"native module {'found' if kernels['native'] else 'not found'}: {kernels['reason']}"),
+        ("CUDA", "available" if torch_facts["cuda"] else "not available"),
+        ("memory", f"{human_bytes(data['memory_available_bytes'])} available of {human_bytes(data['memory_bytes'])}"),
+        ("disk", f"{human_bytes(data['disk_free_bytes'])} free in {data['store']}"),
+        ("models here", ", ".join(data["models"]) or "none"),
+    ]
+    fixes = data["to_fix"] or ["nothing"]
+    return facts + [("to fix" if i == 0 else "", line) for i, line in enumerate(fixes)]
+
+
+def _broken(
+    packages: Mapping[str, str | None], torch_facts: Mapping[str, Any], store: Path, existing: Path
+) -> list[str]:
+    """What keeps everything from running, each with its remedy."""
+    out = [f"{name} is missing: pip install {name}" for name in _REQUIRED if packages[name] is None]
+    if packages["torch"] and torch_facts["error"]:
+        out.append(f"torch cannot be imported ({torch_facts['error']}): reinstall it")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        out.append(f"{existing} cannot be written: set ERNIE45_HOME to a folder of your own (now {store})")
+    return out
+
+
+def _advice(free: int, store: Path) -> list[str]:
+    """What would be better otherwise."""
+    out = []
+    native = status()
+    if not native.available:
+        out.append(f"no native kernels: {native.remedy}")
+    if DEFAULT_MODEL not in installed():
+        out.append(f"the default model is not here: ernie pull {DEFAULT_MODEL}")
+    if free < _ROOM_BYTES:
+        out.append(f"only {human_bytes(free)} free in {store}: make room, or set ERNIE45_HOME to a larger disk")
+    if (policy := os.environ.get("OMP_WAIT_POLICY", "passive")).lower() != "passive":
+        out.append(f"OMP_WAIT_POLICY is {policy}: waiting threads burn cores that others need; unset it")
+    return out
+
+
+def _torch() -> dict[str, Any]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of it cannot be loaded
+        return {"threads": 0, "cuda": False, "error": str(error)}
+    return {"threads": torch.get_num_threads(), "cuda": torch.cuda.is_available(), "error": None}
 
 
 def _version(package: str) -> str | None:

@@ -39,7 +39,7 @@ Run ERNIE 4.5 models on this machine.
 Exit codes: 0 ok, 1 failure, 2 usage, 4 not found, 130 interrupted. --debug shows the traceback of an error.
 """
 # Bugs of ours and failures inside libraries, which nobody can act on: reported in one line like everything else.
-_UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+_UNFORESEEN = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,8 +80,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except SystemExit as done:  # argparse, after printing help
         return int(done.code or 0)
-    except Ernie45Error as error:
-        return _report(str(error), error.exit_code, debug)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -89,14 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (`ernie models | head`). Nothing can be written any more, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _report(f"{where}{error.strerror or error}", EXIT_FAILURE, debug)
-    except MemoryError:
-        return _report("out of memory: use a smaller model or a narrower --dtype", EXIT_FAILURE, debug)
-    except _UNFORESEEN as error:
-        what = f"unforeseen {type(error).__name__}: {error}"
-        return _report(what if debug else f"{what} (--debug shows the traceback)", EXIT_FAILURE, debug)
+    except (Ernie45Error, OSError, MemoryError, ImportError, *_UNFORESEEN) as error:
+        return _report(error, debug)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -131,11 +123,23 @@ def _parse(name: str, arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _report(message: str, exit_code: int, debug: bool) -> int:
+def _report(error: Exception, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return exit_code
+    print(f"error: {' '.join(_message(error).splitlines())}", file=sys.stderr)
+    return error.exit_code if isinstance(error, Ernie45Error) else EXIT_FAILURE
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, Ernie45Error):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
+    if isinstance(error, MemoryError):
+        return "out of memory: use a smaller model or a narrower --dtype"
+    if isinstance(error, ImportError):
+        return f"{error} (`ernie doctor` tells what is missing)"
+    return f"unforeseen {type(error).__name__}: {error} (--debug shows the traceback)"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from ernie45.cli.output import human_bytes, human_count, note, print_json, print
 from ernie45.config.presets import presets
 from ernie45.errors import Ernie45Error
 from ernie45.store.describe import ModelDescription, describe, describe_config
-from ernie45.store.location import DEFAULT_MODEL, home, installed
+from ernie45.store.location import DEFAULT_MODEL, home, installed, lost_links
 
 
 def run(options: argparse.Namespace) -> int:
@@ -19,6 +19,8 @@ def run(options: argparse.Namespace) -> int:
             described.append(describe(name, path))
         except Ernie45Error as error:
             note(f"warning: {name} cannot be used: {error}")
+    for name, target in lost_links().items():
+        note(f"warning: {name} cannot be used: its folder {target} has gone; remove {home() / 'models' / name}")
     if options.all:
         described += [describe_config(name, config) for name, config in presets().items()]
     if options.json:

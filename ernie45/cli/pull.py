@@ -11,9 +11,12 @@ from ernie45.store.pull import pull
 def run(options: argparse.Namespace) -> int:
     """Fetch, check, convert; print where the model is."""
     note(f"pulling {options.what}")
-    pulled = pull(options.what, force=options.force, progress=ProgressBar("converting"))
+    with ProgressBar() as bar:
+        pulled = pull(options.what, force=options.force, progress=bar.stage)
     if options.json:
         print_json({"name": pulled.name, "path": str(pulled.path), "fresh": pulled.fresh})
-    else:
-        print(f"{pulled.name} is {'ready' if pulled.fresh else 'here already'}: {pulled.path}")
+        return 0
+    print(f"{pulled.name} is {'ready' if pulled.fresh else 'here already'}: {pulled.path}")
+    if pulled.fresh:
+        note(f"`ernie chat {pulled.name}` talks to it")
     return 0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from ernie45.cli.output import human_bytes, human_count, print_facts, print_json
-from ernie45.config.presets import preset, presets
+from ernie45.config.presets import preset
 from ernie45.errors import NotFoundError
 from ernie45.store.describe import ModelDescription, describe, describe_config
-from ernie45.store.location import installed, resolve
+from ernie45.store.location import installed, published_id, resolve
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,7 +40,9 @@ def run(options: argparse.Namespace) -> int:
             ("path", described.path),
         ]
     else:
-        facts.append(("here", "no; figures are for 16-bit weights"))
+        facts.append(
+            ("here", f"no; figures are for 16-bit weights; `ernie pull {published_id(described.name)}` fetches it")
+        )
     print_facts(facts)
     return 0
 
@@ -48,16 +50,10 @@ def run(options: argparse.Namespace) -> int:
 def _describe(model: str) -> ModelDescription:
     try:
         path = resolve(model)
-    except NotFoundError as missing:
-        try:
-            config = preset(model)
-        except NotFoundError:
-            raise missing from None
-        return describe_config(next(name for name in presets() if _short(name) == _short(model)), config)
+    except NotFoundError:
+        hub_id = published_id(model)
+        if hub_id is None:
+            raise
+        return describe_config(hub_id.removeprefix("baidu/").removesuffix("-PT"), preset(model))
     name = next((name for name, folder in installed().items() if folder == path), path.name)
     return describe(name, path)
-
-
-def _short(name: str) -> str:
-    lowered = name.lower().removeprefix("baidu/").removeprefix("ernie-4.5-")
-    return lowered.removesuffix("-pt").removesuffix("-paddle")

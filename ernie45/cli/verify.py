@@ -6,13 +6,14 @@ import argparse
 from dataclasses import asdict
 
 from ernie45.checkpoint.verify import verify
-from ernie45.cli.output import ProgressBar, note, print_facts, print_json
+from ernie45.cli.output import ProgressBar, print_facts, print_json
 from ernie45.store.location import resolve
 
 
 def run(options: argparse.Namespace) -> int:
     """Report on every tensor; exit code 1 if the checkpoint cannot be trusted."""
-    report = verify(resolve(options.model), against=options.against, progress=ProgressBar("reading"))
+    with ProgressBar() as bar:
+        report = verify(resolve(options.model), against=options.against, progress=bar.stage("reading"))
     if options.json:
         print_json(asdict(report) | {"ok": report.ok})
         return 0 if report.ok else 1
@@ -26,6 +27,6 @@ def run(options: argparse.Namespace) -> int:
     if report.against is not None:
         difference = f"largest logit difference {report.max_logit_difference:.2e}"
         facts.append((f"against {report.against}", f"{difference}, same best token at {report.same_best_token:.0%}"))
+    facts.append(("verdict", "ok" if report.ok else "NOT ok"))
     print_facts(facts)
-    note("ok" if report.ok else "NOT ok")
     return 0 if report.ok else 1

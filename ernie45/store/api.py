@@ -13,6 +13,7 @@ from ernie45.checkpoint.gguf import read_gguf
 from ernie45.checkpoint.load import Progress
 from ernie45.checkpoint.source import ModuleSource
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, FolderLayout, write_folder
+from ernie45.errors import UsageError
 from ernie45.models.build import parse_dtype
 from ernie45.models.text import CausalLM
 from ernie45.processing import tokenizer as tokenizers
@@ -31,9 +32,10 @@ def load_model(
     """Load a network for inference from any format that can be read; see `ernie45.checkpoint.load.load_model`.
 
     Args: folder: a -PT or -Paddle folder, a .gguf file, or the name of a model in the store. dtype: `float32`,
-            `bfloat16`, `float16`, or `auto` for what the file holds.
+            `bfloat16`, `float16`, or `auto` for what the file holds. device: a torch device that this machine has.
+    Raises: UsageError for a device that is not there, and what loading raises.
     """
-    return load.load_model(resolve(folder), dtype, device, progress=progress)
+    return load.load_model(resolve(folder), dtype, _present(device), progress=progress)
 
 
 def load_tokenizer(folder: str | Path, *, chat_format: str | None = None) -> Tokenizer:
@@ -83,3 +85,13 @@ def save_model(
         extra_files=files,
         overwrite=overwrite,
     )
+
+
+def _present(device: str | torch.device) -> torch.device:
+    """The device, if a tensor can be put there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own words for a device it lacks
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {str(device)!r} cannot be used here ({reason[:160]}): use 'cpu'") from error
+    return torch.device(device)

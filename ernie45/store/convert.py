@@ -61,15 +61,17 @@ def convert(
 ) -> Conversion:
     """Write the checkpoint at `src` to `dst` in another format; -PT and -Paddle are bit-exact both ways.
 
-    Args: src: a checkpoint folder, a GGUF file, or a model in the store. dst: a folder, or a .gguf file for `gguf`. to: `pt`, `paddle` or
-            `gguf`. dtype: `auto` keeps every tensor as it is; otherwise `float32`, `bfloat16` or `float16` for all but
-            router weights and correction bias. max_shard_bytes: largest weight file. overwrite: replace `dst`.
-            extra_files: further files by name.
+    Args: src: a checkpoint folder, a GGUF file, or a model in the store. dst: a folder, or a .gguf file for `gguf`. to:
+            `pt`, `paddle` or `gguf`. dtype: `auto` keeps every tensor as it is; otherwise `float32`, `bfloat16` or
+            `float16` for all but router weights and correction bias. max_shard_bytes: largest weight file. overwrite:
+            replace `dst`. extra_files: further files by name.
     Raises: UsageError, NotFoundError, ConfigError, CheckpointError, CapacityError. `dst` is written whole or not at
     all.
     """
     if to not in get_args(Format):
         raise UsageError(f"cannot convert to {to!r}, expected one of {', '.join(get_args(Format))}")
+    if to == "gguf" and Path(dst).suffix != ".gguf":
+        raise UsageError(f"{dst} is no name for a GGUF file: it must end in .gguf, or no program will read it")
     source = open_source(resolve(src))
     torch_dtype = None if dtype == "auto" else parse_dtype(dtype)
     notes = [source.account.left_out["model.mtp_*"]] if source.mtp_dropped else []

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from ernie45.config.count import count_parameters
 from ernie45.config.model import ModelConfig
 from ernie45.config.presets import presets
+
+# The front matter of a hub repository's model card.
+_CARD_LICENCE = re.compile(r"^license:[ \t]*([\w.-]+)", re.MULTILINE)
+_SPELLINGS = {"apache-2.0": "Apache-2.0", "mit": "MIT"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +91,29 @@ def _is_quantized(source: object) -> bool:
 
 
 def _licence(path: Path) -> str:
+    """What the files beside the weights state, the most explicit one first."""
     folder = path if path.is_dir() else path.parent
     provenance = folder / "provenance.json"
     if provenance.is_file():
-        return str(json.loads(provenance.read_text(encoding="utf-8")).get("license", "not stated"))
+        return _stated_licence(provenance.read_bytes())
     for file in sorted(folder.glob("LICENSE*")):
-        head = file.read_text(encoding="utf-8", errors="replace")[:400]
+        head = _head(file)
         return "Apache-2.0" if "Apache License" in head else f"see {file.name}"
+    card = folder / "README.md"
+    if card.is_file() and (match := _CARD_LICENCE.search(_head(card))):
+        return _SPELLINGS.get(match[1].lower(), match[1])
     return "not stated"
+
+
+def _stated_licence(provenance: bytes) -> str:
+    try:
+        stated = json.loads(provenance)
+    except ValueError:
+        return "not stated (provenance.json is damaged)"
+    licence = stated.get("license") if isinstance(stated, dict) else None
+    return str(licence or "not stated")
+
+
+def _head(file: Path) -> str:
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(2000)

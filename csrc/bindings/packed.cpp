@@ -1,0 +1,205 @@
+// Bindings of the packed-matrix kernels: shapes and types are checked here, Python's lock is released, pointers are passed on.
+// Messages begin with the operation, then what was expected, then what came.
+#include "bindings/packed.hpp"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/isa.hpp"
+#include "kernels/packed_ops.hpp"
+#include "kernels/thread_pool.hpp"
+
+namespace nb = nanobind;
+
+namespace ernie45 {
+namespace {
+
+using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using Halves = nb::ndarray<const std::uint16_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
+using Output = nb::ndarray<float, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
+using Vector = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using Ids = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using Tokens = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+
+[[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
+
+std::string shape(std::size_t rows, std::size_t columns) {
+    return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
+}
+
+// A packed matrix and the arrays that it points into.
+struct PackedMatrix {
+    Packed view;
+    Bytes weights;
+    Halves scales;
+
+    PackedMatrix(Bytes weight_bytes, Halves scale_values, std::size_t rows, std::size_t columns, int bits, std::size_t group)
+        : weights(std::move(weight_bytes)), scales(std::move(scale_values)) {
+        if (bits != 4 && bits != 8) refuse("[PackedMatrix] expected 4 or 8 bits, got " + std::to_string(bits));
+        if (rows == 0 || columns == 0 || group == 0 || group % kGroup != 0) {
+            refuse("[PackedMatrix] expected rows and columns and a group that is a multiple of 64, got " + shape(rows, columns) +
+                   " with group " + std::to_string(group));
+        }
+        view.rows = rows;
+        view.columns = columns;
+        view.bits = bits;
+        view.groups_per_scale = group / kGroup;
+        view.weights = weights.data();
+        view.scales = scales.data();
+        const std::size_t bytes = view.blocks() * view.groups() * view.group_bytes();
+        const std::size_t halves = view.blocks() * view.scale_sets() * kRows;
+        if (weights.shape(0) != bytes || scales.shape(0) != halves) {
+            refuse("[PackedMatrix] " + shape(rows, columns) + " in " + std::to_string(bits) + " bits, group " +
+                   std::to_string(group) + ": expected " + std::to_string(bytes) + " bytes and " + std::to_string(halves) +
+                   " scales, got " + std::to_string(weights.shape(0)) + " and " + std::to_string(scales.shape(0)));
+        }
+    }
+};
+
+void check(const char* operation, const char* name, std::size_t rows, std::size_t columns, std::size_t got_rows,
+           std::size_t got_columns) {
+    if (rows == got_rows && columns == got_columns) return;
+    refuse(std::string("[") + operation + "] " + name + ": expected shape " + shape(rows, columns) + ", got " +
+           shape(got_rows, got_columns));
+}
+
+void linear(const PackedMatrix& matrix, const Matrix& x, const Output& y, const std::optional<Vector>& bias,
+            const std::optional<Matrix>& residual) {
+    const std::size_t tokens = x.shape(0), rows = matrix.view.rows;
+    check("linear", "x", tokens, matrix.view.columns, tokens, x.shape(1));
+    check("linear", "y", tokens, rows, y.shape(0), y.shape(1));
+    if (bias) check("linear", "bias", 1, rows, 1, bias->shape(0));
+    if (residual) check("linear", "residual", tokens, rows, residual->shape(0), residual->shape(1));
+    const float* bias_values = bias ? bias->data() : nullptr;
+    const float* residual_values = residual ? residual->data() : nullptr;
+    nb::gil_scoped_release unlocked;
+    packed_linear(x.data(), tokens, matrix.view, bias_values, residual_values, y.data());
+}
+
+// A unit of the feed-forward operation; the matrices stay alive with it.
+struct Ffn {
+    nb::object gate_up, down;
+    FfnUnit unit;
+
+    Ffn(nb::object gate_up_object, nb::object down_object) : gate_up(gate_up_object), down(down_object) {
+        const auto& first = nb::cast<const PackedMatrix&>(gate_up);
+        const auto& second = nb::cast<const PackedMatrix&>(down);
+        const std::size_t width = round_up(second.view.columns, kGroup);
+        if (first.view.rows != 2 * width || first.view.columns != second.view.rows) {
+            refuse("[Ffn] down " + shape(second.view.rows, second.view.columns) + ": expected gate and up " +
+                   shape(2 * width, second.view.rows) + ", got " + shape(first.view.rows, first.view.columns));
+        }
+        unit.gate_up = first.view;
+        unit.down = second.view;
+    }
+};
+
+void ffn(const std::vector<const Ffn*>& units, const Matrix& x, const Output& y, const std::optional<Tokens>& tokens,
+         const std::optional<Vector>& weights, const std::vector<std::int64_t>& counts, const std::optional<Matrix>& residual) {
+    const std::size_t num_tokens = x.shape(0), hidden = x.shape(1);
+    check("ffn", "y", num_tokens, hidden, y.shape(0), y.shape(1));
+    if (residual) check("ffn", "residual", num_tokens, hidden, residual->shape(0), residual->shape(1));
+    if (counts.size() != units.size()) {
+        refuse("[ffn] expected a count for each of " + std::to_string(units.size()) + " units, got " + std::to_string(counts.size()));
+    }
+    std::vector<FfnUnit> prepared;
+    std::size_t routed = 0;
+    for (std::size_t u = 0; u < units.size(); ++u) {
+        FfnUnit unit = units[u]->unit;
+        check("ffn", "unit", hidden, unit.down.columns, unit.down.rows, unit.down.columns);
+        if (counts[u] < 0) {  // all tokens, weight 1
+            unit.count = num_tokens;
+        } else {
+            unit.count = static_cast<std::size_t>(counts[u]);
+            if (!tokens || !weights || routed + unit.count > tokens->shape(0)) {
+                refuse("[ffn] the counts add up to more than the tokens given");
+            }
+            unit.tokens = tokens->data() + routed;
+            unit.weights = weights->data() + routed;
+            routed += unit.count;
+        }
+        prepared.push_back(unit);
+    }
+    if (tokens && (tokens->shape(0) != routed || weights->shape(0) != routed)) {
+        refuse("[ffn] expected " + std::to_string(routed) + " tokens and weights, got " + std::to_string(tokens->shape(0)) + " and " +
+               std::to_string(weights->shape(0)));
+    }
+    for (std::size_t i = 0; i < routed; ++i) {
+        const std::int32_t token = tokens->data()[i];
+        if (token < 0 || static_cast<std::size_t>(token) >= num_tokens) refuse("[ffn] token " + std::to_string(token) + " is none of x");
+    }
+    const float* residual_values = residual ? residual->data() : nullptr;
+    nb::gil_scoped_release unlocked;
+    packed_ffn(x.data(), num_tokens, hidden, prepared.data(), prepared.size(), residual_values, y.data());
+}
+
+void rows(const PackedMatrix& matrix, const Ids& ids, const Output& y) {
+    check("rows", "y", ids.shape(0), matrix.view.columns, y.shape(0), y.shape(1));
+    for (std::size_t i = 0; i < ids.shape(0); ++i) {
+        const std::int64_t id = ids.data()[i];
+        if (id < 0 || static_cast<std::size_t>(id) >= matrix.view.rows) {
+            refuse("[rows] expected ids from 0 to " + std::to_string(matrix.view.rows - 1) + ", got " + std::to_string(id));
+        }
+    }
+    nb::gil_scoped_release unlocked;
+    for (std::size_t i = 0; i < ids.shape(0); ++i) {
+        packed_row(matrix.view, static_cast<std::size_t>(ids.data()[i]), y.data() + i * matrix.view.columns);
+    }
+}
+
+const char* isa_name(Isa isa) {
+    switch (isa) {
+        case Isa::kAvx512: return "avx512";
+        case Isa::kAvx2: return "avx2";
+        default: return "baseline";
+    }
+}
+
+void choose_isa(const std::string& name) {
+    for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+        if (name != isa_name(isa)) continue;
+        if (!set_isa(isa)) refuse("[set_isa] this CPU does not support " + name + "; the best it has is " + isa_name(best_isa()));
+        return;
+    }
+    refuse("[set_isa] expected baseline, avx2 or avx512, got " + name);
+}
+
+void choose_threads(int count) {
+    if (count < 1 || count > 1024) refuse("[set_num_threads] expected 1 to 1024, got " + std::to_string(count));
+    nb::gil_scoped_release unlocked;
+    set_num_threads(count);
+}
+
+}  // namespace
+
+void bind_packed(nb::module_& m) {
+    nb::class_<PackedMatrix>(m, "PackedMatrix", "A matrix of 8- or 4-bit weights in kernel layout; keeps its arrays alive.")
+        .def(nb::init<Bytes, Halves, std::size_t, std::size_t, int, std::size_t>(), nb::arg("weights"), nb::arg("scales"),
+             nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("group"))
+        .def("linear", &linear, nb::arg("x"), nb::arg("y"), nb::arg("bias") = nb::none(), nb::arg("residual") = nb::none(),
+             "y (T, rows) = x (T, columns) W^T + bias + residual, float32.")
+        .def("rows", &rows, nb::arg("ids"), nb::arg("y"), "y (T, columns) = the rows `ids`, float32.");
+    nb::class_<Ffn>(m, "Ffn", "Gate, up and down of one SwiGLU in kernel layout.")
+        .def(nb::init<nb::object, nb::object>(), nb::arg("gate_up"), nb::arg("down"));
+    m.def("ffn", &ffn, nb::arg("units"), nb::arg("x"), nb::arg("y"), nb::arg("tokens").none(), nb::arg("weights").none(),
+          nb::arg("counts"), nb::arg("residual") = nb::none(),
+          "y = residual + weighted sum of units; counts[u] tokens each, or -1 for all tokens with weight 1.");
+    m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
+    m.def("best_isa", [] { return isa_name(best_isa()); }, "The best that this CPU supports.");
+    m.def("set_isa", &choose_isa, nb::arg("name"), "Use baseline, avx2 or avx512 from now on.");
+    m.def("num_threads", &num_threads, "Threads that take part in a kernel.");
+    m.def("set_num_threads", &choose_threads, nb::arg("count"), "Set that number; waits for a running kernel.");
+    nb::module_::import_("atexit").attr("register")(nb::cpp_function([] {
+        nb::gil_scoped_release unlocked;
+        stop_threads();
+    }));
+}
+
+}  // namespace ernie45

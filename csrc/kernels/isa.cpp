@@ -1,0 +1,58 @@
+#include "kernels/isa.hpp"
+
+#include <atomic>
+
+#include "kernels/cpu_features.hpp"
+
+namespace ernie45 {
+namespace {
+
+bool has(Isa isa) {
+    switch (isa) {
+        case Isa::kBaseline: return true;
+#if defined(__x86_64__)
+        case Isa::kAvx2: {
+            const CpuFeatures cpu = cpu_features();
+            return cpu.avx2 && cpu.fma && cpu.f16c;
+        }
+        case Isa::kAvx512: {
+            const CpuFeatures cpu = cpu_features();
+            return has(Isa::kAvx2) && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.avx512_vnni;
+        }
+#endif
+        default: return false;
+    }
+}
+
+std::atomic<Isa>& chosen() {
+    static std::atomic<Isa> isa{best_isa()};
+    return isa;
+}
+
+}  // namespace
+
+Isa best_isa() {
+    static const Isa best = has(Isa::kAvx512) ? Isa::kAvx512 : has(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
+    return best;
+}
+
+Isa current_isa() { return chosen().load(std::memory_order_relaxed); }
+
+bool set_isa(Isa isa) {
+    if (!has(isa)) return false;
+    chosen().store(isa, std::memory_order_relaxed);
+    return true;
+}
+
+const BlockKernels& block_kernels() {
+#if defined(__x86_64__)
+    switch (current_isa()) {
+        case Isa::kAvx512: return avx512_blocks();
+        case Isa::kAvx2: return avx2_blocks();
+        default: break;
+    }
+#endif
+    return baseline_blocks();
+}
+
+}  // namespace ernie45

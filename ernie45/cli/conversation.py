@@ -1,0 +1,111 @@
+"""The interactive part of `ernie chat`: questions and answers in a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ernie45
+from ernie45.cli.output import note
+from ernie45.errors import RequestError
+from ernie45.models.text import CausalLM
+from ernie45.processing.tokenizer import Tokenizer
+
+_HELP = """\
+/help       this
+/clear      forget the conversation
+/system X   set the system message; without X, remove it
+/exit       leave (or Ctrl-D); Ctrl-C stops an answer
+Anything else is a question; a space in front of / makes it one, too."""
+
+
+@dataclass
+class Conversation:
+    """A conversation with one model."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+    sampling: ernie45.SamplingParams
+    system: str | None
+    thinking: bool | None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def run(self) -> int:
+        """Read questions until the end of input. Raises: KeyboardInterrupt at the second Ctrl-C in a row."""
+        import readline  # noqa: F401  # line editing and history for input()
+
+        note(_HELP)
+        interrupted = False
+        while True:
+            try:
+                line = _read_line()
+            except EOFError:
+                note("")
+                return 0
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted = True
+                note("\n(Ctrl-D or /exit leaves, and so does Ctrl-C once more)")
+                continue
+            interrupted = False
+            if line.startswith("/"):
+                if not self._command(*line.strip().partition(" ")[::2]):
+                    return 0
+            elif line.strip():
+                self._turn(line.strip())
+
+    def _command(self, name: str, argument: str) -> bool:
+        """Carry out a command; False ends the conversation."""
+        if name in ("/exit", "/quit"):
+            return False
+        if name == "/clear":
+            self.messages.clear()
+            note("[forgotten]")
+        elif name == "/system":
+            self.system = argument.strip() or None
+            note("[system message set]" if self.system else "[no system message]")
+        elif name == "/help":
+            note(_HELP)
+        else:
+            note(f"unknown command {name}\n{_HELP}")
+        return True
+
+    def _turn(self, question: str) -> None:
+        """Ask and print; what was said of an interrupted answer stays in the conversation, an empty answer does not."""
+        self.messages.append({"role": "user", "content": question})
+        answer, count, start = "", 0, time.monotonic()
+        ending = ""
+        try:
+            for piece in self._pieces():
+                print(piece.text, end="", flush=True)
+                answer += piece.text
+                count += len(piece.ids)
+                ending = ", stopped at the limit" if piece.finish_reason == "length" else ""
+        except KeyboardInterrupt:
+            ending = ", interrupted"
+        except RequestError as error:
+            self.messages.pop()
+            note(f"error: {error}; /clear forgets the conversation")
+            return
+        print()
+        note(f"[{count} tokens, {count / (time.monotonic() - start):.1f} tokens/s{ending}]")
+        if answer:
+            self.messages.append({"role": "assistant", "content": answer})
+        else:
+            self.messages.pop()
+
+    def _pieces(self) -> Any:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*system, *self.messages]
+        return ernie45.generate(self.model, self.tokenizer, messages, self.sampling, thinking=self.thinking)
+
+
+def _read_line() -> str:
+    if sys.stdout.isatty():
+        return input("> ")
+    # Answers go to a file: the prompt must not.
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input()

@@ -1,0 +1,306 @@
+"""Packed matrices: 8- or 4-bit weights in the order in which the kernels stream them, and the products with them.
+
+Shape letters: T tokens, N rows (outputs), K columns (inputs), G groups of 64 columns, S weight-scale sets.
+
+Every operation here is a specification in plain PyTorch (`*_reference`), a native twin in `csrc/kernels/packed_ops.cpp`, and a
+function that chooses. Activations are rounded to 8 bits per token and group of 64 columns; a group's product is exact in
+integers, and groups are added in float32 in ascending order. Layout and formula: `csrc/kernels/packed.hpp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ernie45.errors import ShapeError
+from ernie45.kernels.choice import native
+
+ROWS = 16
+"""Rows of a block."""
+GROUP = 64
+"""Columns that share an activation scale; weight groups are multiples of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedFormat:
+    """Width of the weights and how many columns share a scale."""
+
+    bits: Literal[4, 8]
+    group: int
+    """A multiple of 64; 0 = one scale for the whole row."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or self.group < 0 or self.group % GROUP:
+            raise ShapeError(f"packed format has {self.bits} bits in groups of {self.group}: expected 4 or 8 and a multiple of 64")
+
+    @property
+    def largest(self) -> int:
+        """Largest magnitude of a quantized value in both directions: 7 or 127. 4 bits also hold -8."""
+        return 2 ** (self.bits - 1) - 1
+
+    def columns_per_scale(self, columns: int) -> int:
+        """Columns that share a scale in a matrix of that many columns, a multiple of 64."""
+        return self.group or _round_up(columns, GROUP)
+
+    def scale_sets(self, columns: int) -> int:
+        """Scales per row."""
+        return -(-columns // self.columns_per_scale(columns))
+
+    def weight_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of the packed weights, padding included."""
+        return _round_up(rows, ROWS) * _round_up(columns, GROUP) * self.bits // 8
+
+    def num_scales(self, rows: int, columns: int) -> int:
+        """Number of packed scales, padding included."""
+        return _round_up(rows, ROWS) * self.scale_sets(columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedMatrix:
+    """A matrix of N rows and K columns in kernel layout."""
+
+    weights: Tensor
+    """uint8, `format.weight_bytes(rows, columns)` of them."""
+    scales: Tensor
+    """float16, `format.num_scales(rows, columns)` of them."""
+    rows: int
+    columns: int
+    format: PackedFormat = field(default_factory=lambda: PackedFormat(bits=8, group=0))
+
+    def __post_init__(self) -> None:
+        expected = (self.format.weight_bytes(self.rows, self.columns),), (self.format.num_scales(self.rows, self.columns),)
+        if (tuple(self.weights.shape), tuple(self.scales.shape)) != expected:
+            raise ShapeError(
+                f"packed matrix ({self.rows}, {self.columns}) in {self.format}: weights and scales have shapes "
+                f"{tuple(self.weights.shape)} and {tuple(self.scales.shape)}, expected {expected[0]} and {expected[1]}"
+            )
+        if self.weights.dtype != torch.uint8 or self.scales.dtype != torch.float16:
+            raise ShapeError(f"packed matrix holds {self.weights.dtype} and {self.scales.dtype}, expected uint8 and float16")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that a product with one token moves."""
+        return self.weights.numel() + 2 * self.scales.numel()
+
+    @cached_property
+    def native(self) -> Any:
+        """The native object; it points into `weights` and `scales`."""
+        extension = native()
+        assert extension is not None, "asked for without the native module"
+        return extension.PackedMatrix(
+            self.weights,
+            self.scales.view(torch.uint16),
+            self.rows,
+            self.columns,
+            self.format.bits,
+            self.format.columns_per_scale(self.columns),
+        )
+
+
+def pack(values_NK: Tensor, scales_NS: Tensor, format: PackedFormat) -> PackedMatrix:
+    """Bring quantized values into kernel layout.
+
+    Args: values_NK: int8, within -8 to 7 or -127 to 127. scales_NS: float16, `format.scale_sets(K)` per row.
+    Raises: ShapeError for values out of range or scales of the wrong shape.
+    """
+    rows, columns = values_NK.shape
+    low = -8 if format.bits == 4 else -127
+    if values_NK.numel() and (int(values_NK.min()) < low or int(values_NK.max()) > format.largest):
+        raise ShapeError(f"quantized values run from {int(values_NK.min())} to {int(values_NK.max())}, {format} holds {low} to {format.largest}")
+    if scales_NS.shape != (rows, format.scale_sets(columns)):
+        raise ShapeError(f"scales have shape {tuple(scales_NS.shape)}, expected {(rows, format.scale_sets(columns))}")
+    padding = (0, -columns % GROUP, 0, -rows % ROWS)
+    codes = (F.pad(values_NK, padding).to(torch.int16) + 2 ** (format.bits - 1)).to(torch.uint8)
+    blocks, groups = codes.shape[0] // ROWS, codes.shape[1] // GROUP
+    if format.bits == 8:
+        ordered = codes.view(blocks, ROWS, groups, 16, 4).permute(0, 2, 3, 1, 4)
+    else:
+        planes = codes.view(blocks, ROWS, groups, 8, 2, 4).permute(4, 0, 2, 3, 1, 5)
+        ordered = planes[0] | (planes[1] << 4)
+    sets = F.pad(scales_NS, (0, 0, 0, -rows % ROWS)).view(blocks, ROWS, -1).transpose(1, 2)
+    return PackedMatrix(
+        weights=ordered.reshape(-1).contiguous(),
+        scales=sets.reshape(-1).to(torch.float16).contiguous(),
+        rows=rows,
+        columns=columns,
+        format=format,
+    )
+
+
+def unpack(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
+    """The inverse of `pack`: values int8 (N, K) and scales float16 (N, S)."""
+    format = matrix.format
+    blocks, groups = _round_up(matrix.rows, ROWS) // ROWS, _round_up(matrix.columns, GROUP) // GROUP
+    if format.bits == 8:
+        codes = matrix.weights.view(blocks, groups, 16, ROWS, 4).permute(0, 3, 1, 2, 4)
+    else:
+        bytes_ = matrix.weights.view(blocks, groups, 8, ROWS, 4)
+        codes = torch.stack((bytes_ & 15, bytes_ >> 4)).permute(1, 4, 2, 3, 0, 5)
+    values = (codes.reshape(blocks * ROWS, groups * GROUP).to(torch.int16) - 2 ** (format.bits - 1)).to(torch.int8)
+    scales = matrix.scales.view(blocks, -1, ROWS).transpose(1, 2).reshape(blocks * ROWS, -1)
+    return values[: matrix.rows, : matrix.columns].contiguous(), scales[: matrix.rows].contiguous()
+
+
+def dequantize(matrix: PackedMatrix) -> Tensor:
+    """The matrix in float32, (N, K): value times scale."""
+    values, scales = unpack(matrix)
+    per_scale = matrix.format.columns_per_scale(matrix.columns)
+    return values.float() * scales.float().repeat_interleave(per_scale, dim=1)[:, : matrix.columns]
+
+
+def round_activations(x_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to 8 bits per token and group of 64: values float32 (T, G, 64), whole numbers; scales float32 (T, G)."""
+    groups = F.pad(x_TK.float(), (0, -x_TK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(-1)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    return (groups * inverse[..., None]).round(), largest / 127.0
+
+
+def linear(x_TK: Tensor, matrix: PackedMatrix, bias_N: Tensor | None = None, residual_TN: Tensor | None = None) -> Tensor:
+    """`x W^T + bias + residual` with a packed matrix.
+
+    Args: x_TK, bias_N, residual_TN: float32, contiguous, on the CPU. Returns: float32 (T, N).
+    Raises: ShapeError for other shapes, dtypes, devices or strides.
+    """
+    _check("linear", x_TK, (None, matrix.columns))
+    if residual_TN is not None:
+        _check("linear", residual_TN, (x_TK.shape[0], matrix.rows))
+    if native() is None:
+        return linear_reference(x_TK, matrix, bias_N, residual_TN)
+    y = torch.empty(x_TK.shape[0], matrix.rows)
+    matrix.native.linear(x_TK, y, bias_N, residual_TN)
+    return y
+
+
+def linear_reference(
+    x_TK: Tensor, matrix: PackedMatrix, bias_N: Tensor | None = None, residual_TN: Tensor | None = None
+) -> Tensor:
+    """What `linear` computes, in PyTorch; differs from the native twin by the rounding of separate multiply and add."""
+    values, x_scales = round_activations(x_TK)
+    weights, w_scales = unpack(matrix)
+    weights = F.pad(weights, (0, -matrix.columns % GROUP)).float()
+    groups_per_scale = matrix.format.columns_per_scale(matrix.columns) // GROUP
+    y = torch.zeros(x_TK.shape[0], matrix.rows)
+    for g in range(values.shape[1]):
+        dot = values[:, g] @ weights[:, g * GROUP : (g + 1) * GROUP].T  # whole numbers below 2^24: exact
+        y += dot * (w_scales[:, g // groups_per_scale].float() * x_scales[:, g, None])
+    if bias_N is not None:
+        y += bias_N
+    return y if residual_TN is None else y + residual_TN
+
+
+def rows(matrix: PackedMatrix, ids: Tensor) -> Tensor:
+    """The rows `ids` (int64, 1-D) of a packed matrix as float32: an embedding lookup. Exact."""
+    if native() is None:
+        return rows_reference(matrix, ids)
+    y = torch.empty(len(ids), matrix.columns)
+    matrix.native.rows(ids.contiguous(), y)
+    return y
+
+
+def rows_reference(matrix: PackedMatrix, ids: Tensor) -> Tensor:
+    """What `rows` computes, block by block of the rows asked for."""
+    format, blocks = matrix.format, ids // ROWS
+    per_block = matrix.weights.numel() * ROWS // _round_up(matrix.rows, ROWS)
+    sets = format.scale_sets(matrix.columns)
+    found = []
+    for block, row in zip(blocks.tolist(), (ids % ROWS).tolist(), strict=True):
+        part = PackedMatrix(
+            weights=matrix.weights[block * per_block : (block + 1) * per_block],
+            scales=matrix.scales[block * sets * ROWS : (block + 1) * sets * ROWS],
+            rows=ROWS,
+            columns=matrix.columns,
+            format=format,
+        )
+        found.append(dequantize(part)[row])
+    return torch.stack(found) if found else torch.empty(0, matrix.columns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedFfn:
+    """A SwiGLU in kernel layout: a dense layer, a shared expert or one routed expert."""
+
+    gate_up: PackedMatrix
+    """Blocks of 16 gate rows alternate with the 16 up rows that belong to them; the width is padded to 64."""
+    down: PackedMatrix
+
+    @cached_property
+    def native(self) -> Any:
+        """The native object."""
+        extension = native()
+        assert extension is not None, "asked for without the native module"
+        return extension.Ffn(self.gate_up.native, self.down.native)
+
+
+def interleave_gate_up(gate_and_up: Tensor) -> Tensor:
+    """Rows of gate, then of up (2 I, ...) to the order of `PackedFfn.gate_up`, padded with zero rows to (2 x 64 n, ...)."""
+    width = gate_and_up.shape[0] // 2
+    padded = F.pad(gate_and_up.unflatten(0, (2, width)).movedim((0, 1), (-2, -1)), (0, -width % GROUP))
+    padded = padded.movedim((-2, -1), (0, 1))
+    return padded.unflatten(1, (-1, ROWS)).transpose(0, 1).flatten(0, 2)
+
+
+def ffn(
+    x_TH: Tensor,
+    units: Sequence[PackedFfn],
+    counts: Sequence[int],
+    tokens: Tensor | None = None,
+    weights: Tensor | None = None,
+    residual_TH: Tensor | None = None,
+) -> Tensor:
+    """`residual` plus the weighted sum of feed-forward units, each applied to its tokens.
+
+    Args: x_TH: float32, contiguous. counts: tokens of each unit, or -1 for all tokens with weight 1. tokens, weights: int32 and
+            float32, the tokens and their weights, unit after unit. Each token's sum runs over the units in order.
+    Returns: float32 (T, H). Raises: ShapeError for other shapes, dtypes or strides.
+    """
+    _check("ffn", x_TH, (None, None))
+    if native() is None:
+        return ffn_reference(x_TH, units, counts, tokens, weights, residual_TH)
+    y = torch.empty_like(x_TH)
+    native().ffn([unit.native for unit in units], x_TH, y, tokens, weights, list(counts), residual_TH)  # type: ignore[union-attr]
+    return y
+
+
+def ffn_reference(
+    x_TH: Tensor,
+    units: Sequence[PackedFfn],
+    counts: Sequence[int],
+    tokens: Tensor | None = None,
+    weights: Tensor | None = None,
+    residual_TH: Tensor | None = None,
+) -> Tensor:
+    """What `ffn` computes, unit by unit."""
+    y = torch.zeros_like(x_TH) if residual_TH is None else residual_TH.clone()
+    start = 0
+    for unit, count in zip(units, counts, strict=True):
+        chosen, weight = torch.arange(len(x_TH)), torch.ones(len(x_TH))
+        if count >= 0:
+            assert tokens is not None, "routed units come with tokens"
+            assert weights is not None, "routed units come with weights"
+            chosen, weight = tokens[start : start + count].long(), weights[start : start + count]
+            start += count
+        both = linear_reference(x_TH[chosen], unit.gate_up).unflatten(1, (-1, 2, ROWS))
+        inner = (F.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1)[:, : unit.down.columns]
+        y.index_add_(0, chosen, linear_reference(inner, unit.down) * weight[:, None])
+    return y
+
+
+def _check(operation: str, tensor: Tensor, shape: tuple[int | None, int | None]) -> None:
+    fits = tensor.ndim == 2 and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    if not fits or tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
+        wanted = tuple("any" if size is None else size for size in shape)
+        raise ShapeError(
+            f"[{operation}] expected a contiguous float32 tensor of shape {wanted} on the CPU, got {tensor.dtype}, "
+            f"{tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+        )
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
