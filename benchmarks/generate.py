@@ -99,7 +99,7 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], list
             bytes_per_s=bandwidth["bytes_per_s"],
         )
     ]
-    noises = [r["other_cores"] for r in runs]
+    noises = [measured["other_cores"] for measured in (before, *runs, after)]
     report = {
         "benchmark": "generate",
         **began,
@@ -230,10 +230,8 @@ def _measure(
 def _bandwidth(plan: Plan, threads: int) -> dict[str, Any]:
     _note("memory bandwidth")
     arguments = {"size_bytes": plan.bandwidth_bytes, "repeats": plan.bandwidth_repeats}
-    result: dict[str, Any] = common.run_fresh(
-        "benchmarks.common:measure_bandwidth", threads=threads, **arguments
-    ).result
-    return result
+    fresh = common.run_fresh("benchmarks.common:measure_bandwidth", threads=threads, **arguments)
+    return {**fresh.result, "other_cores": fresh.other_cores}
 
 
 def _of(runs: Sequence[dict[str, Any]], name: str, dtype: str, package: str) -> list[dict[str, Any]]:

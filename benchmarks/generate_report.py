@@ -113,29 +113,43 @@ def to_data(report: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def plot(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Decode speed of every case as bars, medians with their spread, and the memory bound as a line above each pair."""
+    """Decode speed as bars, medians with their spread, under the memory bound as a line; one panel per batch size."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    decode = [row for row in rows if row.bound is not None]
-    figure, axes = plt.subplots(figsize=(2 + 1.2 * len(decode), 5), layout="constrained")
-    for offset, label in ((-0.2, "ernie45"), (0.2, PEER)):
-        spreads = [row.ours if label == "ernie45" else row.peer for row in decode]
-        errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
-        places = [i + offset for i in range(len(decode))]
-        axes.bar(places, [s.median for s in spreads], 0.4, yerr=errors, capsize=3, label=label)
-    bounds = [row.bound for row in decode]
-    left, right = [i - 0.45 for i in range(len(decode))], [i + 0.45 for i in range(len(decode))]
-    axes.hlines(bounds, left, right, colors="black", linestyles="dashed", label="memory bound")
-    labels = [f"{row.case}\n({row.weights})\n{row.metric.removeprefix('decode, ')}" for row in decode]
-    axes.set_xticks(range(len(decode)), labels, fontsize=8)
-    axes.set_ylabel("decoded tokens/s, median and spread")
-    axes.set_title(title, fontsize=9)
-    axes.legend()
+    panels = {label: [row for row in rows if row.metric == label] for label in _decode_labels()}
+    width = max(len(panel) for panel in panels.values())
+    size = (2 + 2.6 * width, 5)
+    figure, all_axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axes, (label, panel) in zip(all_axes[0], panels.items(), strict=True):
+        _draw_panel(axes, panel)
+        axes.set_title(label, fontsize=10)
+    all_axes[0][0].set_ylabel("tokens/s, median and spread")
+    figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _decode_labels() -> list[str]:
+    return [metric.label for metric in METRICS.values() if metric.decode_batch]
+
+
+def _draw_panel(axes: Any, panel: Sequence[Row]) -> None:
+    places = range(len(panel))
+    for offset, name, spreads in (
+        (-0.2, "ernie45", [row.ours for row in panel]),
+        (0.2, PEER, [row.peer for row in panel]),
+    ):
+        errors = [[s.median - s.low for s in spreads], [s.high - s.median for s in spreads]]
+        axes.bar([i + offset for i in places], [s.median for s in spreads], 0.4, yerr=errors, capsize=3, label=name)
+    left, right = [i - 0.45 for i in places], [i + 0.45 for i in places]
+    bounds = [row.bound for row in panel]
+    axes.hlines(bounds, left, right, colors="black", linestyles="dashed", label="memory bound")
+    labels = ["\n".join([*row.case.split("/"), f"({row.weights})"]) for row in panel]
+    axes.set_xticks(places, labels, fontsize=8)
 
 
 def _cells(row: Row) -> list[str]:

@@ -1,4 +1,6 @@
-"""Convert a checkpoint to -Paddle and GGUF, and check that nothing was lost. Run: python examples/convert.py [MODEL] [FOLDER]"""
+"""Convert a checkpoint to -Paddle and GGUF, and check that nothing was lost. Run: python examples/convert.py [MODEL]
+[FOLDER]
+"""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Fixtures that several folders share: small networks, ours and transformers', with every parameter random.
 
-A fresh transformers ERNIE MoE has an all-zero router, so that every expert ties: `randomise` gives router and correction bias
-values, without which no routing test proves anything.
+A fresh transformers ERNIE MoE has an all-zero router, so that every expert ties: `randomise` gives router and
+correction bias values, without which no routing test proves anything.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ SMALL: dict[str, Any] = {
 def small_model() -> Callable[..., CausalLM]:
     """Builds one of our networks with random weights: `small_model(moe=True, mtp=1, ...)`."""
 
-    def build(*, moe: bool = False, mtp: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> CausalLM:
+    def build(
+        *, moe: bool = False, mtp: int = 0, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+    ) -> CausalLM:
         experts = MoeConfig(
             moe_num_experts=8, moe_k=3, moe_intermediate_size=24, moe_num_shared_experts=2, moe_layer_start_index=1
         )
-        config = ModelConfig(
-            **(SMALL | {"moe": experts if moe else None, "num_nextn_predict_layers": mtp} | changes)
-        )
+        config = ModelConfig(**(SMALL | {"moe": experts if moe else None, "num_nextn_predict_layers": mtp} | changes))
         model = build_model(config, dtype=dtype)
         initialize(model, std=0.1, seed=seed, correction_bias_std=0.05)
         return model.eval()

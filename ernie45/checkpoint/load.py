@@ -6,17 +6,22 @@ the final size plus one tensor. Where dtype and order agree, the file's bytes go
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ernie45.checkpoint.layout import Part
+from ernie45.checkpoint.layout import Part, Stored
 from ernie45.checkpoint.source import GgufSource, SafetensorsSource, open_source
 from ernie45.errors import CapacityError
 from ernie45.models.build import build_model, parse_dtype
 from ernie45.models.text import CausalLM
+
+_READERS = 4
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -50,7 +55,7 @@ def load_model(
             "is: use a narrower dtype or a smaller model"
         ) from error
     fill(model, source, progress)
-    model.load_account = source.account  # type: ignore[assignment]  # plain data beside the modules
+    model.load_account = source.account
     return model.requires_grad_(False).eval()
 
 
@@ -66,23 +71,37 @@ def file_dtype(source: SafetensorsSource | GgufSource) -> torch.dtype:
 
 @torch.no_grad()
 def fill(model: CausalLM, source: SafetensorsSource | GgufSource, progress: Progress | None = None) -> None:
-    """Copy every tensor of `source` into the network, in the order of the file's layout."""
+    """Copy every tensor of `source` into the network.
+
+    What can be read straight into a parameter is read by several threads, because one alone spends its time on fresh
+    memory pages; what must be converted or turned goes through one temporary tensor at a time.
+    """
     tensors = model.state_dict()
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     done = 0
-    for stored in source.layout:
+
+    def read(stored: Stored) -> int:
         regions = [(part, _region(tensors[part.target], part)) for part in stored.parts]
-        straight = isinstance(source, SafetensorsSource) and source.read_straight(stored, regions[0][1])
-        if not straight:
+        if not (isinstance(source, SafetensorsSource) and source.read_straight(stored, regions[0][1])):
             value = source.read(stored)
             for part, region in regions:
                 rows = value if part.rows is None else value[part.rows[0] : part.rows[1]]
                 region.copy_(rows.reshape(region.shape))
-        done += sum(region.numel() * region.element_size() for _, region in regions)
-        if progress is not None:
-            progress(done, total)
-    for target in tensors.keys() - {part.target for stored in source.layout for part in stored.parts}:
-        source.fill(tensors[target], target, ())
+        return sum(region.numel() * region.element_size() for _, region in regions)
+
+    straight: list[Stored] = []
+    converted: list[Stored] = []
+    for stored in source.layout:
+        target = _region(tensors[stored.parts[0].target], stored.parts[0])
+        can = isinstance(source, SafetensorsSource) and source.reads_straight(stored, target)
+        (straight if can else converted).append(stored)
+    with ThreadPoolExecutor(max_workers=min(_READERS, os.cpu_count() or 1)) as readers:
+        for size in itertools.chain(readers.map(read, straight), map(read, converted)):
+            done += size
+            if progress is not None:
+                progress(done, total)
+    for name in tensors.keys() - {part.target for stored in source.layout for part in stored.parts}:
+        source.fill(tensors[name], name, ())
 
 
 def _region(tensor: Tensor, part: Part) -> Tensor:

@@ -221,13 +221,16 @@ class SafetensorsSource(Source):
 
     def read_straight(self, stored: Stored, out: Tensor) -> bool:
         """Read the file's bytes directly into `out` where dtype and order agree; False if they do not."""
-        entry = self.entry(stored)
-        part = stored.parts[0]
-        plain = len(stored.parts) == 1 and part.rows is None and not stored.transposed and not stored.half_split_heads
-        if not (plain and entry.dtype == out.dtype and out.device.type == "cpu" and out.is_contiguous()):
+        if not self.reads_straight(stored, out):
             return False
-        read_into(replace(entry, shape=tuple(out.shape)), out)
+        read_into(replace(self.entry(stored), shape=tuple(out.shape)), out)
         return True
+
+    def reads_straight(self, stored: Stored, out: Tensor) -> bool:
+        """Whether the tensor's bytes are those of `out`: same dtype and order, contiguous, on the CPU."""
+        plain = len(stored.parts) == 1 and stored.parts[0].rows is None and not stored.transposed
+        same = plain and not stored.half_split_heads and self.entry(stored).dtype == out.dtype
+        return same and out.device.type == "cpu" and out.is_contiguous()
 
     def stored_dtype(self, stored: Stored) -> torch.dtype:
         return self.entry(stored).dtype

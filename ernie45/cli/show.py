@@ -30,7 +30,10 @@ def run(options: argparse.Namespace) -> int:
         ("experts", described.experts),
         ("context", f"{described.context_tokens:,} tokens"),
         ("cache per token", f"{described.kv_bytes_per_token:,} bytes at 16 bits"),
-        ("memory needed", f"{human_bytes(described.memory_bytes)} (weights and 4096 tokens of cache)"),
+        (
+            "memory needed",
+            f"{human_bytes(described.memory_bytes)} (weights and {described.memory_tokens} tokens of cache)",
+        ),
         ("licence", described.licence),
     ]
     if described.path is not None:

@@ -201,7 +201,7 @@ class ModelConfig:
 
     @property
     def has_head_bias(self) -> bool:
-        """Whether the head has a bias vector: in transformers, a MoE model with `use_bias` does, a dense one does not."""
+        """Whether the head has a bias vector: in transformers, MoE models with `use_bias` do, dense do not."""
         return self.use_bias and self.moe is not None
 
     @property

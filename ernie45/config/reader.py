@@ -140,8 +140,8 @@ class _Fields:
             if not harmless:
                 raise ConfigError(
                     f"{self.where}: unknown key {name!r} = {str(value)[:80]!r} might change the network; the "
-                    f"nearest known key is {nearest(name, self.known)!r}. Correct it, remove it, or, if it is inert, name it in "
-                    "ignore_keys"
+                    f"nearest known key is {nearest(name, self.known)!r}. Correct it, remove it, or, if it is inert, "
+                    "name it in ignore_keys"
                 )
 
 

@@ -96,7 +96,8 @@ def generate_batch(
         _Sequence(model, tokenizer, prompt_ids(tokenizer, prompt), params)
         for prompt, params in zip(prompts, sampling, strict=True)
     ]
-    pieces: list[list[Piece]] = [[sequence.accept(_prefill(model, sequence))] for sequence in sequences]
+    first = _prefill(model, sequences)
+    pieces = [[sequence.accept(logits)] for sequence, logits in zip(sequences, first, strict=True)]
     while running := [i for i, sequence in enumerate(sequences) if not sequence.finished]:
         for i, logits in zip(running, _decode(model, [sequences[i] for i in running]), strict=True):
             pieces[i].append(sequences[i].accept(logits))
@@ -190,19 +191,43 @@ class _Sequence:
 
 
 def _stream(model: CausalLM, sequence: _Sequence) -> Iterator[Piece]:
-    yield sequence.accept(_prefill(model, sequence))
+    yield sequence.accept(_prefill(model, [sequence])[0])
     while not sequence.finished:
         yield sequence.accept(_decode(model, [sequence])[0])
 
 
 @torch.inference_mode()
-def _prefill(model: CausalLM, sequence: _Sequence) -> Tensor:
-    """Run the prompt in chunks; logits behind its last token, (V,)."""
-    ids = torch.tensor(sequence.prompt, device=model.device)
-    hidden = ids
-    for chunk in ids.split(PREFILL_CHUNK):
-        hidden = model.hidden(chunk, AttentionView(lengths=(len(chunk),), caches=(sequence.cache,)))
-    return model.logits(hidden[-1:])[0]
+def _prefill(model: CausalLM, sequences: list[_Sequence]) -> list[Tensor]:
+    """Run the prompts, packed into steps of at most PREFILL_CHUNK tokens; logits (V,) behind the last token of each."""
+    last: dict[int, Tensor] = {}
+    for step in _prefill_steps([len(sequence.prompt) for sequence in sequences], PREFILL_CHUNK):
+        ids = [i for at, start, end in step for i in sequences[at].prompt[start:end]]
+        lengths = tuple(end - start for _, start, end in step)
+        view = AttentionView(lengths=lengths, caches=tuple(sequences[at].cache for at, _, _ in step))
+        hidden = model.hidden(torch.tensor(ids, device=model.device), view)
+        finished = [i for i, (at, _, end) in enumerate(step) if end == len(sequences[at].prompt)]
+        if finished:
+            rows = torch.tensor(lengths, device=model.device).cumsum(0)[finished] - 1
+            last |= zip((step[i][0] for i in finished), model.logits(hidden[rows]), strict=True)
+    return [last[at] for at in range(len(sequences))]
+
+
+def _prefill_steps(lengths: list[int], budget: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut prompts into steps of at most `budget` tokens: lists of (prompt, start, end), prompts in order."""
+    step: list[tuple[int, int, int]] = []
+    room = budget
+    for at, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            end = min(start + room, length)
+            step.append((at, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield step
+                step, room = [], budget
+    if step:
+        yield step
 
 
 @torch.inference_mode()

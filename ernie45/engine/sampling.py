@@ -140,11 +140,12 @@ def sample(
     logits_V = penalise(logits_V, params, prompt, output)
     if banned:
         logits_V = logits_V.index_fill(0, torch.tensor(banned, device=logits_V.device), -math.inf)
-    best = logits_V.max()
-    if not torch.isfinite(best):
+    best_id = int(logits_V.argmax())  # the lowest of equals; a NaN counts as the largest
+    best = float(logits_V[best_id])
+    if not math.isfinite(best):
         raise RequestError("the model's logits are not finite: the weights or the activations overflow in this dtype")
     if params.temperature == 0:
-        return int((logits_V == best).nonzero()[0])
+        return best_id
     probs = ((logits_V - best).double() / max(params.temperature, 1e-6)).softmax(-1)
     probs = _filter(probs, params)
     cumulative = probs.cumsum(-1)

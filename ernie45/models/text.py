@@ -9,6 +9,7 @@ Shape letters: B sequences, T tokens (packed), H hidden, V vocabulary. Source: a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +153,9 @@ class LmHead(nn.Module):
 
 class CausalLM(nn.Module):
     """A language model: the decoder and its head. The head is a call of its own, so logits exist only where needed."""
+
+    load_account: Any = None
+    """What became of every tensor of the file that the weights came from: a `checkpoint.source.LoadAccount`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

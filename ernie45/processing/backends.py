@@ -174,7 +174,7 @@ def _piece_bytes(piece: Piece, literal: bool) -> bytes:
 
 
 def _load_sentencepiece(model: SentencePieceModel, source: str) -> Any:
-    from sentencepiece import SentencePieceProcessor  # noqa: PLC0415  # only where such a model is used
+    from sentencepiece import SentencePieceProcessor  # only where such a model is used
 
     try:
         return SentencePieceProcessor(model_proto=model.serialise())
@@ -257,7 +257,7 @@ def _decoder_steps(decoder: object, source: str) -> list[dict[str, Any]]:
 
 def _plain_tokenizer(definition: dict[str, Any], special: Collection[str], source: str) -> Any:
     """Build the library's tokenizer so that no text, however normalised or merged, yields a special token."""
-    from tokenizers import Tokenizer  # noqa: PLC0415  # only where such a file is used
+    from tokenizers import Tokenizer  # only where such a file is used
 
     model = definition["model"]
     unknown = model.get("unk_token")

@@ -16,7 +16,7 @@ from ernie45.processing.sandbox import (
     Guard,
     GuardedEnvironment,
     TemplateLimitError,
-    TemplateRefusal,
+    TemplateRefusedError,
     render_guarded,
 )
 
@@ -113,7 +113,7 @@ class ChatTemplate:
             variables["enable_thinking"] = thinking
         try:
             text = render_guarded(chosen.template, variables, Guard())
-        except TemplateRefusal as error:
+        except TemplateRefusedError as error:
             raise RequestError(f"the checkpoint's chat template refuses this conversation: {error}") from error
         except TemplateLimitError as error:
             raise RequestError(

@@ -121,7 +121,7 @@ class TemplateLimitError(Exception):
     """A template used more time or memory than a rendering may."""
 
 
-class TemplateRefusal(Exception):
+class TemplateRefusedError(Exception):
     """A template called `raise_exception`: the conversation is not one it can express."""
 
 
@@ -215,7 +215,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
         code = self.compile(guarded)
         return self.template_class.from_code(self, code, self.make_globals(None)), tree
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805  # as in jinja2
         """Call a function, method or macro with bounded arguments, and bound the result."""
         guard: Guard = __context[_GUARD]
         # A macro gets its arguments as one tuple. Jinja passes loop variables along in two arguments of its own.
@@ -283,7 +283,7 @@ class GuardedEnvironment(ImmutableSandboxedEnvironment):
 def render_guarded(template: jinja2.Template, variables: Mapping[str, object], guard: Guard) -> str:
     """Render within the limits of `guard`.
 
-    Raises: TemplateLimitError, TemplateRefusal and whatever the template causes.
+    Raises: TemplateLimitError, TemplateRefusedError and whatever the template causes.
     """
     parts: list[str] = []
     size = 0
@@ -474,7 +474,7 @@ def _indent(context: Context, value: object, width: int | str = 4, first: bool =
 
 
 def _raise_exception(message: object = "") -> None:
-    raise TemplateRefusal(str(message))
+    raise TemplateRefusedError(str(message))
 
 
 def _strftime_now(format: str) -> str:  # the name templates may use

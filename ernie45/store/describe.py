@@ -11,6 +11,7 @@ from ernie45.config.count import count_parameters
 from ernie45.config.model import ModelConfig
 from ernie45.config.presets import presets
 
+_CACHED_TOKENS = 4096
 # The front matter of a hub repository's model card.
 _CARD_LICENCE = re.compile(r"^license:[ \t]*([\w.-]+)", re.MULTILINE)
 _SPELLINGS = {"apache-2.0": "Apache-2.0", "mit": "MIT"}
@@ -38,13 +39,16 @@ class ModelDescription:
     kv_bytes_per_token: int
     """At 16 bits per value."""
     memory_bytes: int
-    """Weights at the file's width (16 bits for a model that is not here) and the cache of 4096 tokens."""
+    """Weights at the file's width (16 bits for a model that is not here) and the cache of `memory_tokens`."""
+    memory_tokens: int
+    """4096, or the context if that is shorter."""
     licence: str
 
 
 def describe_config(name: str, config: ModelConfig, *, bytes_per_weight: int = 2) -> ModelDescription:
     """Describe a network that is not on this machine."""
     count = count_parameters(config)
+    tokens = min(_CACHED_TOKENS, config.max_position_embeddings)
     moe = config.moe
     return ModelDescription(
         name=name,
@@ -62,7 +66,8 @@ def describe_config(name: str, config: ModelConfig, *, bytes_per_weight: int = 2
         else "none",
         size_bytes=None,
         kv_bytes_per_token=config.kv_bytes_per_token(),
-        memory_bytes=count.total_with_mtp * bytes_per_weight + 4096 * config.kv_bytes_per_token(bytes_per_weight),
+        memory_bytes=count.total_with_mtp * bytes_per_weight + tokens * config.kv_bytes_per_token(bytes_per_weight),
+        memory_tokens=tokens,
         licence="Apache-2.0" if name in presets() else "not stated",
     )
 

@@ -44,13 +44,14 @@ def fetch(repo_id: str, force: bool, progress: Stages | None) -> Pulled:
             )
         made(partial)
         with _without_bars(), watched(partial, sum(files.values()), stage(progress, "downloading")):
-            huggingface_hub.snapshot_download(
+            api.snapshot_download(
                 repo_id, revision=info.sha, local_dir=partial, allow_patterns=list(files), etag_timeout=_TIMEOUT_S
             )
     try:
         open_source(partial)
     except CheckpointError as error:
         raise CheckpointError(f"{repo_id} is downloaded, but cannot be used: {error}; remove {partial}") from error
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the library's notes on resuming
     _publish(partial, target)
     return Pulled(name=repo_id, path=target, fresh=True)
 

@@ -185,8 +185,8 @@ print(meter.method, meter.above_base() >> 20)
 
 @pytest.mark.parametrize(("method", "expected_mib"), [("VmHWM", 300), ("ru_maxrss", 200)])
 def test_peak_memory_counts_what_was_freed_again(method: str, expected_mib: int) -> None:
-    """In a process of its own, so that the mark of this one stays as it is; the shell forks it, because a process starts
-    with the mark of the one that it came from, and this one's is high.
+    """In a process of its own, so that the mark of this one stays as it is; the shell forks it, because a process
+    starts with the mark of the one that it came from, and this one's is high.
     """
     forked = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, "-c", PEAK, method]
     process = subprocess.run(forked, capture_output=True, text=True, cwd=ROOT, check=True)

@@ -88,19 +88,24 @@ def _write(path: Path, architecture: str, config: Any, tensors: dict[str, Tensor
 
 _NAMES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
 }  # fmt: skip
 
 
 def _renamed(model: Any, interleave: bool) -> dict[str, Tensor]:
-    """Hub names to GGUF names; llama files hold q and k with the halves of each head interleaved, qwen2 files do not."""
+    """Hub names to GGUF names; llama files hold q and k with interleaved halves, qwen2 files do not."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
             module, leaf = rest.rsplit(".", 1)
-            heads = {"self_attn.q_proj": model.config.num_attention_heads, "self_attn.k_proj": model.config.num_key_value_heads}
+            heads = {
+                "self_attn.q_proj": model.config.num_attention_heads,
+                "self_attn.k_proj": model.config.num_key_value_heads,
+            }
             if interleave and module in heads:
                 tensor = tensor.view(heads[module], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)  # noqa: PLW2901
             tensors[f"blk.{layer}.{_NAMES[module]}.{leaf}"] = tensor

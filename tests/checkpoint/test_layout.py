@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
 import ernie45
-from ernie45.checkpoint.layout import gguf_layout, paddle_layout, pt_layout
+from ernie45.checkpoint.layout import Stored, gguf_layout, paddle_layout, pt_layout
 from ernie45.config.model import ModelConfig
 from ernie45.models.build import build_model
 
@@ -72,10 +73,10 @@ def test_published_names_and_shapes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["0.3B", "21B-A3B", "300B-A47B", "VL-28B-A3B", "VL-424B-A47B"])
 @pytest.mark.parametrize("layout", [pt_layout, paddle_layout])
-def test_every_value_of_the_network_is_covered_once(name: str, layout: object) -> None:
+def test_every_value_of_the_network_is_covered_once(name: str, layout: Any) -> None:
     """Values stored = values of the network, per parameter, and no two parts overlap."""
     config = ernie45.preset(name)
-    _check_cover(config, layout(config))  # type: ignore[operator]
+    _check_cover(config, layout(config))
 
 
 @pytest.mark.parametrize("name", ["0.3B", "21B-A3B", "300B-A47B"])
@@ -84,21 +85,21 @@ def test_gguf_covers_all_but_the_prediction_block(name: str) -> None:
     _check_cover(config, gguf_layout(config, "ernie4_5-moe" if config.moe else "ernie4_5"), without=".mtp_")
 
 
-def _check_cover(config: ModelConfig, layout: list[object], without: str = "?") -> None:
+def _check_cover(config: ModelConfig, layout: list[Stored], without: str = "?") -> None:
     shapes = {k: tuple(v.shape) for k, v in build_model(config, device="meta").state_dict().items() if without not in k}
     covered: dict[str, int] = dict.fromkeys(shapes, 0)
-    boxes: dict[str, list[object]] = {name: [] for name in shapes}
-    names = [stored.name for stored in layout]  # type: ignore[attr-defined]
+    boxes: dict[str, list[Any]] = {name: [] for name in shapes}
+    names = [stored.name for stored in layout]
     assert len(set(names)) == len(names)
     for stored in layout:
-        for part in stored.parts:  # type: ignore[attr-defined]
+        for part in stored.parts:
             box = (*part.box, *((0, size) for size in shapes[part.target][len(part.box) :]))
             covered[part.target] += math.prod(end - start for start, end in box)
             boxes[part.target].append(box)
         values = sum(
             math.prod(e - s for s, e in (*p.box, *((0, n) for n in shapes[p.target][len(p.box) :])))
-            for p in stored.parts  # type: ignore[attr-defined]
+            for p in stored.parts
         )
-        assert values == math.prod(stored.shape), stored.name  # type: ignore[attr-defined]
+        assert values == math.prod(stored.shape), stored.name
     assert covered == {name: math.prod(shape) for name, shape in shapes.items()}
     assert all(len(set(found)) == len(found) for found in boxes.values())

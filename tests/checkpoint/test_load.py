@@ -98,7 +98,7 @@ def test_a_promised_prediction_block_without_tensors_is_left_out_with_a_reason(s
     _edit_config(folder, num_nextn_predict_layers=1)
     model = load_model(folder)
     assert model.config.num_nextn_predict_layers == 0
-    assert "promises" in model.load_account.left_out["model.mtp_*"]  # type: ignore[union-attr, operator]
+    assert "promises" in model.load_account.left_out["model.mtp_*"]
 
 
 def test_a_head_beside_a_tied_embedding(saved: Any) -> None:
@@ -113,7 +113,7 @@ def test_a_head_beside_a_tied_embedding(saved: Any) -> None:
 def test_computed_frequencies_are_left_out(saved: Any) -> None:
     _, folder = saved()
     _edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
-    assert len(load_model(folder).load_account.left_out) == 1  # type: ignore[union-attr, arg-type]
+    assert len(load_model(folder).load_account.left_out) == 1
 
 
 def test_a_flat_correction_bias_is_accepted(saved: Any) -> None:
@@ -163,7 +163,8 @@ def test_bfloat16_bits_stored_as_u16(saved: Any) -> None:
 
 def test_transformers_saves_and_we_load_with_progress(transformers_model: Any, tmp_path: Path) -> None:
     theirs = transformers_model(
-        1, vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        1, vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
     )  # fmt: skip
     theirs.save_pretrained(tmp_path)
     seen: list[tuple[int, int]] = []
@@ -178,7 +179,8 @@ import resource, sys, torch
 from pathlib import Path
 from ernie45.checkpoint.load import load_model
 def rss():
-    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(sys.argv[2])).split()[1]) * 1024
+    return int(next(l for l in Path("/proc/self/status").read_text().splitlines() if
+    l.startswith(sys.argv[2])).split()[1]) * 1024
 load_model(sys.argv[3])            # warms up code paths and allocator on a small model
 Path("/proc/self/clear_refs").write_text("5")   # resets the peak
 before = rss()
@@ -187,7 +189,9 @@ print(rss() - before, sum(t.numel() * t.element_size() for t in model.state_dict
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to reset the peak of memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to reset the peak of memory"
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_peak_memory_of_a_gigabyte(tmp_path: Path, saved: Any, dtype: str) -> None:
     """A 1 GB bfloat16 checkpoint: the peak is the final size and one tensor, whether converted or read straight."""

@@ -30,7 +30,10 @@ def _bits(folder: Path) -> dict[str, Any]:
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
-    return {name: (t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes()) for name, t in tensors.items()}
+    return {
+        name: (t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, t in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -50,7 +53,8 @@ def test_pt_to_paddle_to_pt_is_bit_exact(saved: Any, tmp_path: Path, dtype: str,
 
 
 @given(
-    moe=st.booleans(), mtp=st.integers(0, 1), bias=st.booleans(), tied=st.booleans(), heads=st.sampled_from([(6, 2), (3, 3), (4, 1)])
+    moe=st.booleans(), mtp=st.integers(0, 1), bias=st.booleans(), tied=st.booleans(),
+    heads=st.sampled_from([(6, 2), (3, 3), (4, 1)]),
 )  # fmt: skip
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_paddle_tensors_follow_the_published_formulas(
@@ -58,7 +62,8 @@ def test_paddle_tensors_follow_the_published_formulas(
 ) -> None:
     """The conversion rules of the reference, applied by hand to the -Paddle file, give the -PT file."""
     model = small_model(
-        moe=moe, mtp=mtp, use_bias=bias, tie_word_embeddings=tied, num_attention_heads=heads[0], num_key_value_heads=heads[1]
+        moe=moe, mtp=mtp, use_bias=bias, tie_word_embeddings=tied, num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
     )  # fmt: skip
     root = tmp_path_factory.mktemp("formulas")
     from ernie45.checkpoint.source import ModuleSource
@@ -72,10 +77,10 @@ def test_paddle_tensors_follow_the_published_formulas(
         name = "model." + stored_name[6:] if stored_name.startswith("ernie.") else stored_name
         if "up_gate_proj" in name:
             for part, value in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=-1), strict=True):
-                converted[name.replace("up_gate_proj", part)] = value.T
+                converted[name.replace("up_gate_proj", part)] = value.t()
         elif "qkv_proj" in name:
             for part, value in zip(("q_proj", "k_proj", "v_proj"), tensor.split(widths, dim=-1), strict=True):
-                converted[name.replace("qkv_proj", part)] = value.T
+                converted[name.replace("qkv_proj", part)] = value.t()
         elif ("_proj." in name or ".gate." in name or "lm_head" in name) and tensor.ndim == 2:
             converted[name] = tensor.T
         else:
@@ -132,7 +137,8 @@ def test_vision_language_checkpoints_survive_both_formats(tmp_path: Path) -> Non
         ),
         vision=VisionConfig(
             depth=2, hidden_size=16, num_heads=2, intermediate_size=32, freq_allocation=2, im_patch_id=50,
-            video_patch_id=51, image_start_token_id=52, image_end_token_id=53, video_start_token_id=54, video_end_token_id=55,
+            video_patch_id=51, image_start_token_id=52, image_end_token_id=53, video_start_token_id=54,
+            video_end_token_id=55,
         ),
     )  # fmt: skip
     model = _rebuilt(config)
@@ -158,7 +164,9 @@ def test_reading_one_tensor_of_another_layout(saved: Any) -> None:
 
     model, folder = saved(moe=True)
     source = open_source(folder)
-    wanted = next(s for s in paddle_layout(source.config) if s.name == "ernie.layers.1.mlp.experts.5.up_gate_proj.weight")
+    wanted = next(
+        s for s in paddle_layout(source.config) if s.name == "ernie.layers.1.mlp.experts.5.up_gate_proj.weight"
+    )
     value = read_stored(source, wanted, torch.float32)
     assert torch.equal(value, model.state_dict()["model.layers.1.mlp.experts.up_gate_proj"][5].T)
 

@@ -52,4 +52,8 @@ def test_shared_width_and_pools() -> None:
     assert not MOE.moe.has_vision_pool
     assert VL.moe is not None
     assert VL.moe.has_vision_pool
-    assert (MOE.num_moe_layers, ernie45.preset("300B-A47B").num_moe_layers, ernie45.preset("0.3B").num_moe_layers) == (27, 51, 0)
+    assert (MOE.num_moe_layers, ernie45.preset("300B-A47B").num_moe_layers, ernie45.preset("0.3B").num_moe_layers) == (
+        27,
+        51,
+        0,
+    )

@@ -31,7 +31,8 @@ def test_active_parameters_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("0.3B", 18432), ("21B-A3B", 57344), ("VL-28B-A3B", 57344), ("300B-A47B", 221184), ("VL-424B-A47B", 221184)]
+    ("name", "size"),
+    [("0.3B", 18432), ("21B-A3B", 57344), ("VL-28B-A3B", 57344), ("300B-A47B", 221184), ("VL-424B-A47B", 221184)],
 )  # fmt: skip
 def test_cache_bytes_per_token(name: str, size: int) -> None:
     assert ernie45.preset(name).kv_bytes_per_token() == size
@@ -49,7 +50,9 @@ def test_ten_models_and_two_thinking_ones() -> None:
     assert sum(name.endswith("-Base") for name in names) == 5
 
 
-@pytest.mark.parametrize("spelling", ["21b-a3b", "ERNIE-4.5-21B-A3B-PT", "baidu/ERNIE-4.5-21B-A3B-Paddle", "ernie-4.5-21b-a3b"])
+@pytest.mark.parametrize(
+    "spelling", ["21b-a3b", "ERNIE-4.5-21B-A3B-PT", "baidu/ERNIE-4.5-21B-A3B-Paddle", "ernie-4.5-21b-a3b"]
+)
 def test_spellings_of_a_name(spelling: str) -> None:
     assert ernie45.preset(spelling) is ernie45.presets()["ERNIE-4.5-21B-A3B"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ ORIGINAL_21B: dict[str, Any] = {
     "intermediate_size": 12288, "max_position_embeddings": 131072, "num_attention_heads": 20, "num_key_value_heads": 4,
     "num_hidden_layers": 28, "rms_norm_eps": 1e-05, "use_cache": False, "vocab_size": 103424, "rope_theta": 500000,
     "use_rmsnorm": True, "tie_word_embeddings": True, "use_bias": False, "moe_num_experts": 64,
-    "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_intermediate_size": 1536, "moe_capacity": [64, 64, 64],
+    "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_intermediate_size": 1536,
+    "moe_capacity": [64, 64, 64],
     "moe_gate": "topk", "moe_k": 6, "moe_layer_interval": 1, "moe_use_aux_free": True, "num_nextn_predict_layers": 1,
-    "head_dim": 128, "fuse_rms_norm": True, "use_recompute": False, "hidden_dropout_prob": 0.0, "compression_ratio": 1.0,
+    "head_dim": 128, "fuse_rms_norm": True, "use_recompute": False, "hidden_dropout_prob": 0.0,
+    "compression_ratio": 1.0,
     "transformers_version": "4.54.0", "tensor_parallel_degree": 1, "moe_aux_loss_lambda": 1e-05, "dpo_config": None,
 }  # fmt: skip
 ORIGINAL_VL: dict[str, Any] = ORIGINAL_21B | {
@@ -135,7 +138,9 @@ def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_keys_that_switch_nothing_on_pass_and_others_can_be_ignored() -> None:
-    assert parse_config(ORIGINAL_21B | {"some_new_feature": False, "another": None, "list_of": []}) == ernie45.preset("21B-A3B")
+    assert parse_config(ORIGINAL_21B | {"some_new_feature": False, "another": None, "list_of": []}) == ernie45.preset(
+        "21B-A3B"
+    )
     assert parse_config(ORIGINAL_21B | {"brand_new": 3}, ignore_keys=("brand_new",)) == ernie45.preset("21B-A3B")
 
 
@@ -150,13 +155,10 @@ def test_layer_types_without_a_rule(types: list[str]) -> None:
             parse_config(data)
 
 
-@pytest.mark.parametrize(
-    ("content", "error"),
-    [(b"{", ConfigError), (b"[]", ConfigError), (b"\xff\xfe", ConfigError), (b"[" * 100000, ConfigError), (b" " * (5 << 20), ConfigError)],
-)  # fmt: skip
-def test_files_that_are_no_config(tmp_path: Path, content: bytes, error: type[Exception]) -> None:
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 100000, b" " * (5 << 20)])
+def test_files_that_are_no_config(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(error, match="config.json"):
+    with pytest.raises(ConfigError, match="config.json"):
         ModelConfig.from_pretrained(tmp_path)
 
 
@@ -165,14 +167,15 @@ def test_a_folder_without_config(tmp_path: Path) -> None:
         ModelConfig.from_pretrained(tmp_path)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6)  # fmt: skip
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @given(key=st.sampled_from(sorted({*ORIGINAL_VL, *ORIGINAL_21B, "rope_parameters", "mlp_layer_types"})), value=JSON)
 def test_any_value_of_any_field_is_read_or_refused(key: str, value: Any) -> None:
     for base in (ORIGINAL_21B, ORIGINAL_VL):
-        try:
+        with contextlib.suppress(ConfigError):
             assert isinstance(parse_config(base | {key: value}), ModelConfig)
-        except ConfigError as error:
-            assert str(error)

@@ -38,7 +38,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.mark.parametrize("moe", [False, True])
-def test_greedy_tokens_equal_transformers(transformers_model: Any, tokenizer: Tokenizer, tmp_path: Path, moe: bool) -> None:
+def test_greedy_tokens_equal_transformers(
+    transformers_model: Any, tokenizer: Tokenizer, tmp_path: Path, moe: bool
+) -> None:
     experts = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 32, "moe_layer_start_index": 1} if moe else {}
     theirs = transformers_model(
         11, vocab_size=101, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
@@ -56,20 +58,48 @@ def test_greedy_tokens_equal_transformers(transformers_model: Any, tokenizer: To
         assert found == expected
 
 
-def test_a_long_prompt_is_read_in_chunks(small_model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def recorded(into: list[Any], what: Any, function: Any) -> Any:
+    """`function`, noting `what` of every call."""
+
+    def call(*args: Any) -> Any:
+        into.append(what(*args))
+        return function(*args)
+
+    return call
+
+
+def test_a_long_prompt_is_read_in_chunks(
+    small_model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small_model(moe=True)
     prompt = torch.randint(101, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     whole = list(ernie45.generate(model, tokenizer, prompt, GREEDY))
-    steps = []
+    steps: list[Any] = []
     hidden = model.hidden
-    monkeypatch.setattr(model, "hidden", lambda ids, view: steps.append(len(ids)) or hidden(ids, view))
+    monkeypatch.setattr(model, "hidden", recorded(steps, lambda ids, view: len(ids), hidden))
     monkeypatch.setattr(reference, "PREFILL_CHUNK", 32)
     assert [p.ids for p in ernie45.generate(model, tokenizer, prompt, GREEDY)] == [p.ids for p in whole]
     assert steps[:3] == [32, 32, 26]
 
 
+def test_prompts_of_a_batch_share_steps(
+    small_model: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model(moe=True)
+    prompts = [torch.randint(101, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (20, 50, 3, 7)]
+    alone = [[i for piece in ernie45.generate(model, tokenizer, p, GREEDY) for i in piece.ids] for p in prompts]
+    steps: list[Any] = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", recorded(steps, lambda ids, view: view.lengths, hidden))
+    monkeypatch.setattr(reference, "PREFILL_CHUNK", 32)
+    together = ernie45.generate_batch(model, tokenizer, prompts, GREEDY)
+    assert [list(completion.ids) for completion in together] == alone
+    assert steps[:3] == [(20, 12), (32,), (6, 3, 7)]
+
+
 @given(
-    seeds=st.lists(st.integers(0, 99), min_size=1, max_size=4), lengths=st.lists(st.integers(1, 20), min_size=4, max_size=4),
+    seeds=st.lists(st.integers(0, 99), min_size=1, max_size=4),
+    lengths=st.lists(st.integers(1, 20), min_size=4, max_size=4),
     greedy=st.booleans(), moe=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -82,7 +112,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(
         for s, n in zip(seeds, lengths, strict=False)
     ]  # fmt: skip
     params = [
-        SamplingParams(temperature=0 if greedy else 0.9, seed=s, max_tokens=3 + s % 7, ignore_eos=True, logprobs=2) for s in seeds
+        SamplingParams(temperature=0 if greedy else 0.9, seed=s, max_tokens=3 + s % 7, ignore_eos=True, logprobs=2)
+        for s in seeds
     ]  # fmt: skip
     finished: list[tuple[int, int]] = []
     together = ernie45.generate_batch(
@@ -132,7 +163,9 @@ class Scripted:
 def _play(small_model: Any, tokenizer: Tokenizer, text: str, end: str = "</s>", **params: Any) -> Any:
     script = [*tokenizer.encode(text), tokenizer.special_tokens[end], *tokenizer.encode("never")]
     model: Any = Scripted(small_model(), script)
-    return list(ernie45.generate(model, tokenizer, [5], SamplingParams(**({"temperature": 0, "max_tokens": 40} | params))))
+    return list(
+        ernie45.generate(model, tokenizer, [5], SamplingParams(**({"temperature": 0, "max_tokens": 40} | params)))
+    )
 
 
 def test_the_end_token_ends_and_is_not_shown(small_model: Any, tokenizer: Tokenizer) -> None:
@@ -201,8 +234,9 @@ def test_what_does_not_fit_is_refused_with_the_numbers(small_model: Any, tokeniz
         ernie45.generate(model, tokenizer, [5, -1])
     with pytest.raises(RequestError, match="the model knows 0 to 100"):
         ernie45.generate(model, tokenizer, [101])
+    mixed: Any = [1, {"role": "user", "content": "x"}]
     with pytest.raises(RequestError, match="mixes"):
-        ernie45.generate(model, tokenizer, [1, {"role": "user", "content": "x"}])  # type: ignore[list-item]
+        ernie45.generate(model, tokenizer, mixed)
     with pytest.raises(RequestError, match="1 sampling parameters for 2 prompts"):
         ernie45.generate_batch(model, tokenizer, [[5], [6]], [GREEDY])
 

@@ -33,7 +33,8 @@ def _kept(probs: list[float], params: SamplingParams) -> dict[int, float]:
 
 @given(
     logits=st.lists(st.integers(-6, 6).map(lambda n: n / 2 + n**3 * 1e-3), min_size=2, max_size=30),
-    top_k=st.integers(-1, 12), top_p=st.sampled_from([1.0, 0.95, 0.61, 0.3, 0.05]), min_p=st.sampled_from([0.0, 0.1, 0.5]),
+    top_k=st.integers(-1, 12), top_p=st.sampled_from([1.0, 0.95, 0.61, 0.3, 0.05]),
+    min_p=st.sampled_from([0.0, 0.1, 0.5]),
     temperature=st.sampled_from([1.0, 0.6, 1.7]), seed=st.integers(0, 2**62), step=st.integers(0, 50),
 )  # fmt: skip
 @settings(max_examples=200, deadline=None)
@@ -99,7 +100,9 @@ def test_penalties_by_hand() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0, 0.5])
     repetition = penalise(logits, SamplingParams(repetition_penalty=2.0), prompt=[0], output=[1, 1])
     assert repetition.tolist() == [1.0, -4.0, 1.0, 0.5]
-    counted = penalise(logits, SamplingParams(frequency_penalty=0.5, presence_penalty=0.25), prompt=[0], output=[1, 1, 2])
+    counted = penalise(
+        logits, SamplingParams(frequency_penalty=0.5, presence_penalty=0.25), prompt=[0], output=[1, 1, 2]
+    )
     assert counted.tolist() == [2.0, -3.25, 0.25, 0.5]
     untouched = penalise(logits, SamplingParams(), prompt=[0, 1], output=[1, 1])
     assert torch.equal(untouched, logits)

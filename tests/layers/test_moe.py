@@ -50,9 +50,8 @@ def test_experts_equal_a_loop_over_tokens(tokens: int, active: int, seed: int) -
     for parameter in experts.parameters():
         parameter.data.normal_(0, 0.5, generator=generator)
     x = torch.randn(tokens, 12, generator=generator)
-    ids = torch.stack([torch.randperm(5, generator=generator)[:active] for _ in range(tokens)]) if tokens else torch.zeros(
-        0, active, dtype=torch.int64
-    )  # fmt: skip
+    orders = [torch.randperm(5, generator=generator)[:active] for _ in range(tokens)]
+    ids = torch.stack(orders) if orders else torch.zeros(0, active, dtype=torch.int64)
     weights = torch.rand(tokens, active, generator=generator)
     expected = torch.zeros(tokens, 12)
     for t in range(tokens):

@@ -38,7 +38,9 @@ def _decoder_layer(layer: Any, config: Any, rows: Tensor, positions: list[int]) 
     attended = torch.zeros(len(rows), heads * size, dtype=torch.float64)
     for head in range(heads):
         group = head // (heads // kv_heads)
-        keys = [_rotate(k[t, group * size : (group + 1) * size], positions[t], config.rope_theta) for t in range(len(rows))]
+        keys = [
+            _rotate(k[t, group * size : (group + 1) * size], positions[t], config.rope_theta) for t in range(len(rows))
+        ]
         for t in range(len(rows)):
             query = _rotate(q[t, head * size : (head + 1) * size], positions[t], config.rope_theta)
             scores = torch.stack([query @ keys[s] for s in range(t + 1)]) / math.sqrt(size)
@@ -122,4 +124,6 @@ def test_the_block_drafts_with_a_cache_of_its_own(small_model: Any) -> None:
 def test_a_model_without_the_block_says_so(small_model: Any) -> None:
     model = small_model()
     with pytest.raises(ConfigError, match="has 0 blocks"):
-        model.model.mtp(torch.zeros(1, 48), torch.zeros(1, dtype=torch.int64), torch.zeros(1), AttentionView(lengths=(1,)))
+        model.model.mtp(
+            torch.zeros(1, 48), torch.zeros(1, dtype=torch.int64), torch.zeros(1), AttentionView(lengths=(1,))
+        )

@@ -4,6 +4,7 @@ JSON."""
 import io
 import json
 import random
+from typing import Any
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,8 @@ def make_sentencepiece() -> MakeSentencePiece:
             "character_coverage": 1.0,
             "minloglevel": 2,
         }
-        spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=out, **defaults | settings)
+        options: dict[str, Any] = defaults | settings
+        spm.SentencePieceTrainer.train(sentence_iterator=iter(corpus()), model_writer=out, **options)
         return out.getvalue()
 
     return make

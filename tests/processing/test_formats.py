@@ -248,7 +248,7 @@ def test_ernie_is_what_transformers_renders(
     assert str(tokenizer.render(messages, add_generation_prompt=generate)) == expected
 
 
-PIECES = (
+PIECES: tuple[str, ...] = (
     "<",
     "|",
     ">",

@@ -72,7 +72,14 @@ def test_malformed_tools_are_named(tools: Any, reason: str) -> None:
 
 def test_fields_that_clients_fill_with_nothing_are_accepted() -> None:
     """OpenAI's client library sends these back with every assistant turn."""
-    message = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None, "tool_calls": []}
+    message: dict[str, object] = {
+        "role": "assistant",
+        "content": "x",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "tool_calls": [],
+    }
     assert check_messages([message])[0].text == "x"
 
 

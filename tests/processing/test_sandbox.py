@@ -9,7 +9,13 @@ from typing import Any
 import jinja2
 import pytest
 
-from ernie45.processing.sandbox import Guard, GuardedEnvironment, TemplateLimitError, TemplateRefusal, render_guarded
+from ernie45.processing.sandbox import (
+    Guard,
+    GuardedEnvironment,
+    TemplateLimitError,
+    TemplateRefusedError,
+    render_guarded,
+)
 
 
 def render(source: str, deadline_s: float = 0.4, **variables: Any) -> str:
@@ -187,7 +193,7 @@ def test_what_templates_need_works(source: str, expected: str) -> None:
 
 
 def test_refusal_carries_its_message() -> None:
-    with pytest.raises(TemplateRefusal, match="roles must alternate"):
+    with pytest.raises(TemplateRefusedError, match="roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
 
 

@@ -30,7 +30,20 @@ TEXTS = (
     "",
 )
 # Fragments that could be put together to a marker.
-FRAGMENTS = ("<", "|", ">", "<|", "|>", "im_start", "im_end", "<|im_start|>", "<|im_", "start|>", "<think>", "</think>")
+FRAGMENTS: tuple[str, ...] = (
+    "<",
+    "|",
+    ">",
+    "<|",
+    "|>",
+    "im_start",
+    "im_end",
+    "<|im_start|>",
+    "<|im_",
+    "start|>",
+    "<think>",
+    "</think>",
+)
 FRAGMENTS += (
     "<|end_of_sentence|>",
     "<s>",
