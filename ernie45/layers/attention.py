@@ -3,7 +3,8 @@
 Shape letters: B sequences, T tokens (packed), H hidden, N query heads, G key/value heads, R = N / G query heads per
 key/value head, D head size. Source: architecture reference 2.2.
 
-`AttentionCore` is the leaf that an engine replaces by its paged kernel; `Attention` stays as it is.
+`AttentionCore` (rotation, cache and attention) is the leaf that native kernels and an engine replace; `Attention` stays
+as it is.
 """
 
 from __future__ import annotations
@@ -18,15 +19,27 @@ from ernie45.layers.rope import apply_rotary
 
 
 class AttentionCore(nn.Module):
-    """Softmax attention of packed queries; scores and sums in float32 (inside the fused kernel for narrow dtypes)."""
+    """Rotary embedding and softmax attention; scores and sums in float32 (inside the fused kernel for narrow dtypes)."""
 
-    def __init__(self, layer_idx: int, head_dim: int) -> None:
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.scale = head_dim**-0.5
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
 
-    def forward(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, view: AttentionView) -> Tensor:
-        """Attend within each sequence of `view`; writes keys and values to its caches. Returns (T, N, D)."""
+    def forward(self, qkv_TX: Tensor, rotation_TJ: Tensor, view: AttentionView) -> Tensor:
+        """Rotate, append keys and values to the caches of `view`, attend within each of its sequences.
+
+        Args: qkv_TX: projected queries, keys and values, (T, (N + 2 G) * D). rotation_TJ: complex rotation of each
+            token, from `rotary_rotation`. Returns: (T, N * D).
+        """
+        heads = qkv_TX.unflatten(-1, (-1, self.head_dim))
+        qk = apply_rotary(heads[:, : self.num_heads + self.num_kv_heads], rotation_TJ)
+        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
+        return self._attend(q, k, heads[:, -self.num_kv_heads :], view).flatten(1)
+
+    def _attend(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, view: AttentionView) -> Tensor:
         if view.caches is None:
             return self._without_cache(q_TND, k_TGD, v_TGD, view.lengths)
         outputs = []
@@ -71,20 +84,12 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer_idx: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        width = self.num_heads * self.head_dim
-        kv_width = self.num_kv_heads * self.head_dim
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width + 2 * kv_width, bias=config.use_bias, dtype=dtype)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias, dtype=dtype)
-        self.core = AttentionCore(layer_idx, config.head_dim)
+        self.core = AttentionCore(config, layer_idx)
 
     def forward(self, hidden_TH: Tensor, rotation_TJ: Tensor, view: AttentionView) -> Tensor:
         """Args: rotation_TJ: complex rotation of each token, from `rotary_rotation`. Returns (T, H)."""
-        qkv = self.qkv_proj(hidden_TH).unflatten(-1, (-1, self.head_dim))
-        qk = apply_rotary(qkv[:, : self.num_heads + self.num_kv_heads], rotation_TJ)
-        q, k = qk.split((self.num_heads, self.num_kv_heads), dim=1)
-        return self.o_proj(self.core(q, k, qkv[:, -self.num_kv_heads :], view).flatten(1))
+        return self.o_proj(self.core(self.qkv_proj(hidden_TH), rotation_TJ, view))

@@ -12,7 +12,7 @@ from ernie45.checkpoint.layout import Stored, gguf_layout, paddle_layout, pt_lay
 from ernie45.config.model import ModelConfig
 from ernie45.models.build import build_model
 
-SPOT_CHECKS = {
+SPOT_CHECKS: dict[str, tuple[Any, dict[str, tuple[int, ...]]]] = {
     "21B-A3B": (
         pt_layout,
         {
