@@ -5,12 +5,15 @@ Shape letters: T tokens, G key/value heads, D head size, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from ernie45.errors import ShapeError
+from ernie45.kernels.attention import Sequences
 
 _FIRST_CAPACITY = 64
 
@@ -34,11 +37,18 @@ class KVCache:
         shape = (2, num_layers, num_kv_heads, max(capacity, 1), head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
+        self.companions: dict[tuple[str, int], object] = {}
+        """What leaves keep beside the store, such as kernel views of it; forgotten when the store moves."""
 
     @property
     def capacity(self) -> int:
         """Tokens that fit without another allocation."""
         return self._store.shape[3]
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Width of one stored key or value."""
+        return self._store.element_size()
 
     def write(self, layer: int, k_TGD: Tensor, v_TGD: Tensor) -> tuple[Tensor, Tensor]:
         """Put this step's keys and values behind the committed ones.
@@ -46,12 +56,16 @@ class KVCache:
         Returns: all keys and values of the layer so far, each (G, length + T, D), views of the store.
         """
         end = self.length + k_TGD.shape[0]
-        if end > self.capacity:
-            self._grow(end)
-        keys, values = self._store[0, layer], self._store[1, layer]
+        keys, values = self.layer_views(layer, k_TGD.shape[0])
         keys[:, self.length : end] = k_TGD.transpose(0, 1)
         values[:, self.length : end] = v_TGD.transpose(0, 1)
         return keys[:, :end], values[:, :end]
+
+    def layer_views(self, layer: int, num_new: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, each (G, capacity, D), with room for `num_new` tokens behind the committed ones."""
+        if self.length + num_new > self.capacity:
+            self._grow(self.length + num_new)
+        return self._store[0, layer], self._store[1, layer]
 
     def commit(self, num_tokens: int) -> None:
         """Count the tokens of a finished step."""
@@ -68,6 +82,7 @@ class KVCache:
         larger = self._store.new_empty((*layers_and_heads, max(needed, 2 * self.capacity), head_dim))
         larger[:, :, :, : self.length] = self._store[:, :, :, : self.length]
         self._store = larger
+        self.companions.clear()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,19 @@ class AttentionView:
         """T of the step."""
         return sum(self.lengths)
 
+    @cached_property
+    def sequences(self) -> tuple[Sequences, ...]:
+        """What the attention kernels want to know of each sequence by itself: a cache is one page."""
+        starts = [cache.length for cache in self.caches or ()]
+        return tuple(
+            _sequences([fresh], [start + fresh]) for start, fresh in zip(starts, self.lengths, strict=True)
+        )
+
+    @cached_property
+    def all_sequences(self) -> Sequences:
+        """The same of all sequences together, when nothing is cached: each has a page of its own."""
+        return _sequences(self.lengths, self.lengths)
+
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Text positions of the step's tokens, int64 (T,): every sequence counts on from its cache."""
         starts = [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
@@ -100,3 +128,10 @@ class AttentionView:
         """Count the step's tokens in every cache."""
         for cache, length in zip(self.caches or (), self.lengths, strict=False):
             cache.commit(length)
+
+
+def _sequences(fresh: Sequence[int], lengths: Sequence[int]) -> Sequences:
+    pages = torch.arange(len(lengths), dtype=torch.int32)[:, None]
+    return Sequences(
+        fresh_B=torch.tensor(fresh, dtype=torch.int32), lengths_B=torch.tensor(lengths, dtype=torch.int32), pages_BP=pages
+    )

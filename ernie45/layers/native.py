@@ -1,0 +1,107 @@
+"""Leaves that compute with the kernels package: attention core, norm and router in float32 on the CPU.
+
+They take the place of the plain PyTorch leaves in a network that is built (`use_kernel_leaves`); the network stays as it is. Which
+kernels run, native or reference, is the kernels package's choice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ernie45.kernels import attention, norm, router
+from ernie45.kernels.attention import KvPages, Sequences
+from ernie45.layers.attention import AttentionCore
+from ernie45.layers.cache import AttentionView, KVCache
+from ernie45.layers.moe import Router
+from ernie45.layers.norm import RMSNorm
+
+
+class KernelRMSNorm(nn.Module):
+    """`layers.norm.RMSNorm` in one call."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T, H) -> (T, H)."""
+        return norm.rms_norm(x, self.weight, self.eps)
+
+
+class KernelRouter(nn.Module):
+    """`layers.moe.Router` in one call."""
+
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, plain: Router) -> None:
+        super().__init__()
+        self.num_active, self.norm_min = plain.num_active, plain.norm_min
+        self.weight = plain.weight
+        self.register_buffer("e_score_correction_bias", plain.e_score_correction_bias)
+
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns: weights, float32 (T, K); expert ids, int64 (T, K)."""
+        routing = router.route(x_TH, self.weight, self.e_score_correction_bias, self.num_active, self.norm_min)
+        return routing.weights_TK, routing.ids_TK.long()
+
+
+class KernelAttentionCore(nn.Module):
+    """`layers.attention.AttentionCore` in two calls per sequence: rotate and append, attend."""
+
+    def __init__(self, plain: AttentionCore) -> None:
+        super().__init__()
+        self.layer_idx, self.scale = plain.layer_idx, plain.scale
+        self.num_heads, self.num_kv_heads, self.head_dim = plain.num_heads, plain.num_kv_heads, plain.head_dim
+
+    def forward(self, qkv_TX: Tensor, rotation_TJ: Tensor, view: AttentionView) -> Tensor:
+        """(T, (N + 2 G) * D) -> (T, N * D)."""
+        if view.caches is None:
+            return self._attend(qkv_TX, rotation_TJ, self._passing_store(view), view.all_sequences).flatten(1)
+        if len(view.caches) == 1:
+            store = store_of(view.caches[0], self.layer_idx, view.lengths[0])
+            return self._attend(qkv_TX, rotation_TJ, store, view.sequences[0]).flatten(1)
+        parts = zip(qkv_TX.split(view.lengths), rotation_TJ.split(view.lengths), view.caches, view.sequences, strict=True)
+        outputs = [
+            self._attend(qkv, rotation, store_of(cache, self.layer_idx, len(qkv)), sequence)
+            for qkv, rotation, cache, sequence in parts
+        ]
+        return torch.cat(outputs).flatten(1)
+
+    def _attend(self, qkv_TX: Tensor, rotation_TJ: Tensor, store: KvPages, sequences: Sequences) -> Tensor:
+        q = attention.rope_append(qkv_TX, rotation_TJ, self.num_heads, store, sequences)
+        return attention.attention(q, store, sequences, self.scale)
+
+    def _passing_store(self, view: AttentionView) -> KvPages:
+        """Keys and values that nobody keeps: one page per sequence, as long as the longest."""
+        shape = (2, len(view.lengths), self.num_kv_heads, max(view.lengths), self.head_dim)
+        keys, values = torch.empty(shape)
+        return KvPages(keys_PGWD=keys, values_PGWD=values)
+
+
+def store_of(cache: KVCache, layer: int, num_new: int) -> KvPages:
+    """A layer of a contiguous cache as a store of one page, with room for `num_new` more tokens. Made once per growth."""
+    keys, values = cache.layer_views(layer, num_new)
+    key = ("kv_pages", layer)
+    found = cache.companions.get(key)
+    if found is None:
+        found = cache.companions[key] = KvPages(keys_PGWD=keys[None], values_PGWD=values[None])
+    assert isinstance(found, KvPages), "the key is ours alone"
+    return found
+
+
+def can_use_kernels(head_dim: int) -> bool:
+    """Whether the attention kernels take heads of this size."""
+    return head_dim % 16 == 0 and head_dim <= attention.MAX_HEAD_DIM
+
+
+def use_kernel_leaves(model: nn.Module) -> None:
+    """Put the kernel leaves into a network of float32 activations, in place; leaves the vision encoder's alone."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, AttentionCore) and can_use_kernels(child.head_dim):
+                setattr(parent, name, KernelAttentionCore(child))
+            elif isinstance(child, RMSNorm):
+                setattr(parent, name, KernelRMSNorm(child.weight, child.eps))
+            elif isinstance(child, Router):
+                setattr(parent, name, KernelRouter(child))
