@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include "bindings/attention.hpp"
 #include "bindings/packed.hpp"
 #include "kernels/cpu_features.hpp"
 
@@ -65,4 +66,5 @@ NB_MODULE(_native, m) {
     m.def("build_info", &build_info, nb::sig("def build_info() -> dict[str, str]"),
           "How this module was compiled: package version, compiler, flags, build type, ABI, Python and nanobind versions.");
     ernie45::bind_packed(m);
+    ernie45::bind_attention(m);
 }

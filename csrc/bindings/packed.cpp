@@ -127,6 +127,7 @@ void ffn(const std::vector<const Ffn*>& units, const Matrix& x, const Output& y,
         }
         prepared.push_back(unit);
     }
+    if (tokens.has_value() != weights.has_value()) refuse("[ffn] expected tokens and weights together");
     if (tokens && (tokens->shape(0) != routed || weights->shape(0) != routed)) {
         refuse("[ffn] expected " + std::to_string(routed) + " tokens and weights, got " + std::to_string(tokens->shape(0)) + " and " +
                std::to_string(weights->shape(0)));
@@ -182,20 +183,29 @@ void choose_threads(int count) {
 void bind_packed(nb::module_& m) {
     nb::class_<PackedMatrix>(m, "PackedMatrix", "A matrix of 8- or 4-bit weights in kernel layout; keeps its arrays alive.")
         .def(nb::init<Bytes, Halves, std::size_t, std::size_t, int, std::size_t>(), nb::arg("weights"), nb::arg("scales"),
-             nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("group"))
+             nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("group"),
+             nb::sig("def __init__(self, weights: Tensor, scales: Tensor, rows: int, columns: int, bits: int, group: int) -> None"))
         .def("linear", &linear, nb::arg("x"), nb::arg("y"), nb::arg("bias") = nb::none(), nb::arg("residual") = nb::none(),
+             nb::sig("def linear(self, x: Tensor, y: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None"),
              "y (T, rows) = x (T, columns) W^T + bias + residual, float32.")
-        .def("rows", &rows, nb::arg("ids"), nb::arg("y"), "y (T, columns) = the rows `ids`, float32.");
+        .def("rows", &rows, nb::arg("ids"), nb::arg("y"), nb::sig("def rows(self, ids: Tensor, y: Tensor) -> None"),
+             "y (T, columns) = the rows `ids`, float32.");
     nb::class_<Ffn>(m, "Ffn", "Gate, up and down of one SwiGLU in kernel layout.")
-        .def(nb::init<nb::object, nb::object>(), nb::arg("gate_up"), nb::arg("down"));
+        .def(nb::init<nb::object, nb::object>(), nb::arg("gate_up"), nb::arg("down"),
+             nb::sig("def __init__(self, gate_up: PackedMatrix, down: PackedMatrix) -> None"));
     m.def("ffn", &ffn, nb::arg("units"), nb::arg("x"), nb::arg("y"), nb::arg("tokens").none(), nb::arg("weights").none(),
           nb::arg("counts"), nb::arg("residual") = nb::none(),
+          nb::sig("def ffn(units: Sequence[Ffn], x: Tensor, y: Tensor, tokens: Tensor | None, weights: Tensor | None, "
+                  "counts: Sequence[int], residual: Tensor | None = None) -> None"),
           "y = residual + weighted sum of units; counts[u] tokens each, or -1 for all tokens with weight 1.");
-    m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use.");
-    m.def("best_isa", [] { return isa_name(best_isa()); }, "The best that this CPU supports.");
-    m.def("set_isa", &choose_isa, nb::arg("name"), "Use baseline, avx2 or avx512 from now on.");
-    m.def("num_threads", &num_threads, "Threads that take part in a kernel.");
-    m.def("set_num_threads", &choose_threads, nb::arg("count"), "Set that number; waits for a running kernel.");
+    m.def("isa", [] { return isa_name(current_isa()); }, nb::sig("def isa() -> str"), "The instruction set in use.");
+    m.def("best_isa", [] { return isa_name(best_isa()); }, nb::sig("def best_isa() -> str"), "The best that this CPU supports.");
+    m.def("set_isa", &choose_isa, nb::arg("name"), nb::sig("def set_isa(name: str) -> None"),
+          "Use baseline, avx2 or avx512 from now on.");
+    m.def("num_threads", &num_threads, nb::call_guard<nb::gil_scoped_release>(), nb::sig("def num_threads() -> int"),
+          "Threads that take part in a kernel.");
+    m.def("set_num_threads", &choose_threads, nb::arg("count"), nb::sig("def set_num_threads(count: int) -> None"),
+          "Set that number; waits for a running kernel.");
     nb::module_::import_("atexit").attr("register")(nb::cpp_function([] {
         nb::gil_scoped_release unlocked;
         stop_threads();

@@ -81,6 +81,8 @@ class Pool {
         while (true) {
             const std::uint64_t job = await(seen);
             if (stopping_.load()) return;
+            // A worker that slept may see the number after the door closed again.
+            if ((job & 1) == 0) continue;
             seen = job;
             busy_.fetch_add(1, std::memory_order_seq_cst);
             // The job may have ended between seeing it and entering: then its data is gone.
@@ -168,8 +170,9 @@ int num_threads() {
 }
 
 void set_num_threads(int count) {
-    stop_threads();
     std::lock_guard<std::mutex> lock(turn());
+    delete pool;
+    pool = nullptr;
     wanted_threads = count;
 }
 

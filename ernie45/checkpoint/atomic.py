@@ -46,16 +46,33 @@ def atomic_folder(dst: Path | str, *, overwrite: bool = False) -> Iterator[Path]
         raise CheckpointError(f"{target} cannot be replaced: name a folder below it")
     target.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_after_killed_runs(target)
-    _check_folder_target(target, overwrite)
+    check_folder_target(target, overwrite=overwrite)
     partial = partial_path(target)
     partial.mkdir()
     try:
         yield partial
-        _sync_tree(partial)
-        _publish_folder(partial, target, overwrite)
+        publish_folder(partial, target, overwrite=overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_folder_target(target: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if a folder cannot become `target`: something is there that may not be replaced."""
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink():
+        raise CheckpointError(f"{target} is a symbolic link: name the folder it points to ({os.path.realpath(target)})")
+    if not target.is_dir():
+        raise CheckpointError(f"{target} exists and is not a folder: choose another name or remove it")
+    if not overwrite:
+        raise CheckpointError(f"{target} exists already: choose another folder, remove it, or allow overwriting")
+
+
+def publish_folder(partial: Path, target: Path, *, overwrite: bool) -> None:
+    """Bring a finished folder to the disk and give it its name, in place of an older folder if that is allowed."""
+    _sync_tree(partial)
+    _publish_folder(partial, target, overwrite)
     _sync_path(target.parent)
 
 
@@ -206,17 +223,6 @@ def _is_alive(pid: int, start: int) -> bool:
     except PermissionError:
         pass  # it exists and belongs to somebody else
     return _start_ticks(pid) in (0, start)
-
-
-def _check_folder_target(target: Path, overwrite: bool) -> None:
-    if not os.path.lexists(target):
-        return
-    if target.is_symlink():
-        raise CheckpointError(f"{target} is a symbolic link: name the folder it points to ({os.path.realpath(target)})")
-    if not target.is_dir():
-        raise CheckpointError(f"{target} exists and is not a folder: choose another name or remove it")
-    if not overwrite:
-        raise CheckpointError(f"{target} exists already: choose another folder, remove it, or allow overwriting")
 
 
 def _publish_folder(partial: Path, target: Path, overwrite: bool) -> None:

@@ -90,7 +90,7 @@ class ShardedWriter:
         self._metadata = metadata
         self._store_bf16_as_u16 = store_bf16_as_u16
         self._shards = _split(plan, max_shard_bytes)
-        self._names = _shard_names(len(self._shards))
+        self._names = shard_names(len(self._shards))
         self._shard_of: dict[str, int] = {}
         for idx, shard in enumerate(self._shards):
             for name, _, _ in shard:
@@ -208,6 +208,13 @@ def write_sharded(
     if present:
         raise CheckpointError(f"{target} holds weights already ({shorten(', '.join(present))}): choose an empty folder")
     return ShardedWriter(target, plan, max_shard_bytes, metadata, store_bf16_as_u16)
+
+
+def shard_names(count: int) -> list[str]:
+    """Published names of the weight files of a folder."""
+    if count == 1:
+        return [WEIGHTS_NAME]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
@@ -345,9 +352,3 @@ def _size_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     for length in shape:
         size *= length
     return size
-
-
-def _shard_names(count: int) -> list[str]:
-    if count == 1:
-        return [WEIGHTS_NAME]
-    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

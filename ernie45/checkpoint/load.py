@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ernie45.checkpoint.layout import Part, Stored
-from ernie45.checkpoint.source import GgufSource, SafetensorsSource, open_source
+from ernie45.checkpoint.source import GgufSource, SafetensorsSource, Source, open_source
 from ernie45.errors import CapacityError
 from ernie45.models.build import build_model, parse_dtype
 from ernie45.models.text import CausalLM
@@ -36,14 +36,18 @@ def load_model(
 ) -> CausalLM:
     """Load a checkpoint for inference, in evaluation mode, without gradients.
 
-    Args: path: a -PT or -Paddle folder, or a GGUF file (dequantized). dtype: `float32`, `bfloat16`, `float16`, or
-            `auto` for the dtype that the file holds. device: where the weights go. progress: called with bytes read and
-            bytes in all.
+    Args: path: a -PT, -Paddle or packed folder, or a GGUF file (dequantized). dtype: `float32`, `bfloat16`, `float16`,
+            or `auto` for the dtype that the file holds; packed weights compute in float32. device: where the weights
+            go. progress: called with bytes read and bytes in all.
     Returns: the network; its `load_account` says what became of every tensor of the file.
     Raises: NotFoundError, ConfigError, CheckpointError (missing or unexpected tensors, wrong shapes, damaged files),
         CapacityError if the weights do not fit into memory.
     """
     source = open_source(path)
+    if not isinstance(source, SafetensorsSource | GgufSource):
+        from ernie45.quant.load import load_packed
+
+        return load_packed(source, dtype, device, progress)
     target_dtype = parse_dtype(file_dtype(source) if dtype == "auto" else dtype)
     model = build_model(source.config, dtype=target_dtype, device="meta")
     try:
@@ -59,7 +63,7 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def file_dtype(source: SafetensorsSource | GgufSource) -> torch.dtype:
+def file_dtype(source: Source) -> torch.dtype:
     """The dtype of most of a file's values; quantized GGUF files count as float32, odd widths as float32."""
     sizes: dict[torch.dtype, int] = {}
     for stored in source.layout:

@@ -209,22 +209,12 @@ class SafetensorsWriter:
         Raises: CheckpointError if the plan cannot be written; CapacityError if the disk is too small.
         """
         self.path = Path(path)
-        if align < 8 or align & (align - 1):
-            raise CheckpointError(f"{self.path}: align is {align}, expected a power of two from 8 on")
-        header, slots, data_bytes = _lay_out(self.path, plan, dict(metadata or {}), store_bf16_as_u16)
-        padding = -(8 + len(header)) % align
-        header += b" " * padding
-        if len(header) > MAX_HEADER_BYTES:
-            raise CheckpointError(
-                f"{self.path}: the header takes {len(header)} bytes, the format allows {MAX_HEADER_BYTES}: write "
-                "smaller shards"
-            )
-        data_start = 8 + len(header)
-        self._slots = {name: replace(slot, offset=data_start + slot.offset) for name, slot in slots.items()}
+        layout = file_layout(self.path, plan, metadata, store_bf16_as_u16=store_bf16_as_u16, align=align)
+        self._slots = layout.slots
         self._unwritten = dict.fromkeys(self._slots)
-        self._file = StreamedFile(self.path, data_start + data_bytes)
+        self._file = StreamedFile(self.path, layout.size_bytes)
         try:
-            self._file.write_at(0, memoryview(struct.pack("<Q", len(header)) + header))
+            self._file.write_at(0, memoryview(layout.head))
         except BaseException:
             self._file.abort()
             raise
@@ -283,6 +273,42 @@ class SafetensorsWriter:
             self.close()
         else:
             self.abort()
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A file before its data is written."""
+
+    head: bytes
+    """Header length and header."""
+    slots: dict[str, TensorEntry]
+    """Where each planned tensor will lie."""
+    size_bytes: int
+
+
+def file_layout(
+    path: Path,
+    plan: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    store_bf16_as_u16: bool = False,
+    align: int = 64,
+) -> FileLayout:
+    """Lay out a file as SafetensorsWriter writes it. Raises: CheckpointError if the plan cannot be written."""
+    if align < 8 or align & (align - 1):
+        raise CheckpointError(f"{path}: align is {align}, expected a power of two from 8 on")
+    header, slots, data_bytes = _lay_out(path, plan, dict(metadata or {}), store_bf16_as_u16)
+    header += b" " * (-(8 + len(header)) % align)
+    if len(header) > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: the header takes {len(header)} bytes, the format allows {MAX_HEADER_BYTES}: write smaller shards"
+        )
+    data_start = 8 + len(header)
+    return FileLayout(
+        head=struct.pack("<Q", len(header)) + header,
+        slots={name: replace(slot, offset=data_start + slot.offset) for name, slot in slots.items()},
+        size_bytes=data_start + data_bytes,
+    )
 
 
 def check_plan(

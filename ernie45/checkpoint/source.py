@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from ernie45.config.model import ModelConfig
 from ernie45.config.reader import load_config_json, parse_config
 from ernie45.errors import CheckpointError, NotFoundError
 from ernie45.models.build import build_model
+
+if TYPE_CHECKING:
+    from ernie45.quant.folder import PackedSource
 
 # Tensors that files carry although the network does not need them; none of them changes a result.
 _LEFT_OUT = (
@@ -319,8 +323,9 @@ class ModuleSource(Source):
         return self._tensors[stored.name].dtype
 
 
-def open_source(path: str | Path) -> SafetensorsSource | GgufSource:
-    """Open the weights at a path: a checkpoint folder or a GGUF file (also a folder that holds one GGUF file alone).
+def open_source(path: str | Path) -> SafetensorsSource | GgufSource | PackedSource:
+    """Open the weights at a path: a checkpoint folder, plain or packed, or a GGUF file (also a folder that holds one
+    GGUF file alone).
 
     Everything is validated here but the weights themselves. Raises: NotFoundError, ConfigError, CheckpointError.
     """
@@ -329,12 +334,25 @@ def open_source(path: str | Path) -> SafetensorsSource | GgufSource:
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not (path / "config.json").exists():
             return GgufSource(ggufs[0])
-        return SafetensorsSource(path)
+        return _open_packed(path) if _is_packed(path) else SafetensorsSource(path)
     if path.suffix == ".gguf" and path.is_file():
         return GgufSource(path)
     raise NotFoundError(
         f"{path} is no checkpoint: expected a folder with config.json and safetensors files, or a .gguf file"
     )
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether the folder's weights were packed by this package."""
+    stated = load_config_json(folder)[0].get("quantization_config")
+    return isinstance(stated, dict) and stated.get("quant_method") == "ernie45"
+
+
+def _open_packed(folder: Path) -> PackedSource:
+    # The one look upwards, here and in load.py: whoever opens a folder need not know that it is packed.
+    from ernie45.quant.folder import PackedSource
+
+    return PackedSource(folder)
 
 
 def _value_entry(entry: TensorEntry) -> TensorEntry:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", re.IGNORECASE | re.ASCII)
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     "KI": 2**10,
     "MI": 2**20,
@@ -107,6 +108,65 @@ def _convert(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="name, folder or .gguf file")
+    parser.add_argument(
+        "--scheme",
+        required=True,
+        choices=("wint8", "wint4", "wint4-all"),
+        help="wint8: all matrices in 8 bits; wint4: routed experts in 4 bits, the rest in 8; wint4-all: all but the "
+        "embedding in 4 bits",
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="columns that share a scale, a multiple of 64, 0 for one per channel; of the 4-bit matrices (default 64), "
+        "with wint8 of all (default 0)",
+    )
+    parser.add_argument("--calibrate", metavar="FILE", help="text whose statistics steer the rounding (GPTQ)")
+    parser.add_argument("-o", "--output", metavar="DIR", help="folder to write (default: MODEL-SCHEME in the store)")
+    parser.add_argument(
+        "--report", metavar="FILE", help="text to compare both models on: perplexity, divergence, agreement"
+    )
+    parser.add_argument("--force", action="store_true", help="replace DIR")
+    _json(parser)
+
+
+def _numbers(text: str) -> list[int]:
+    """Parse `0,4096`."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of numbers: expected numbers of 0 or more between commas"
+        )
+    return [int(part) for part in parts]
+
+
+def _bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="name, folder or .gguf file")
+    parser.add_argument(
+        "--shape", metavar="NAME", help="instead of MODEL: random weights of a published size, as 21b-a3b"
+    )
+    parser.add_argument(
+        "--scheme", default="wint4", choices=("wint8", "wint4", "wint4-all"), help="packing of --shape (default wint4)"
+    )
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="keep the random weights here, and use them again the next time"
+    )
+    parser.add_argument("--contexts", type=_numbers, default=[0, 4096], metavar="N,N", help="default 0,4096")
+    parser.add_argument(
+        "--batches", type=_numbers, default=[1, 8], metavar="N,N", help="sequences together, default 1,8"
+    )
+    parser.add_argument("--prompts", type=_numbers, default=[512], metavar="N,N", help="prompt lengths, default 512")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements per figure (default 3)")
+    parser.add_argument("--peer", choices=("llama.cpp", "transformers"), help="measure this program as well")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype to compute in (auto: the file's)")
+    parser.add_argument("--kernels", choices=("native", "reference"), help="force the kernels")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture, .png or .svg")
+    _json(parser)
+
+
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="name, folder or .gguf file")
     parser.add_argument("--against", choices=("transformers",), help="also compare logits with this implementation")
@@ -155,6 +215,22 @@ VERBS: dict[str, Verb] = {
         (
             ("ernie convert smollm2-135m out --to paddle", "the PaddlePaddle layout"),
             ("ernie convert DIR m.gguf --to gguf --dtype float16", "for llama.cpp"),
+        ),
+    ),
+    "quantize": Verb(
+        "Write a packed copy of a model; run again to resume.",
+        _quantize,
+        (
+            ("ernie quantize smollm2-135m --scheme wint8", "half the size, as smollm2-135m-wint8"),
+            ("ernie quantize DIR --scheme wint4-all --calibrate t.txt", "4 bits, steered by a text"),
+        ),
+    ),
+    "bench": Verb(
+        "Measure prefill and decode speed, load time and memory, against the machine's bound and other programs.",
+        _bench,
+        (
+            ("ernie bench smollm2-135m --peer transformers", "side by side"),
+            ("ernie bench --shape 0.3b --scheme wint4-all", "random weights of a published size"),
         ),
     ),
     "verify": Verb(

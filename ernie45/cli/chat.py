@@ -15,7 +15,7 @@ from typing import Any
 
 import ernie45
 from ernie45.cli.conversation import Conversation
-from ernie45.cli.output import ProgressBar, note, print_json
+from ernie45.cli.output import ProgressBar, note, print_json, shown
 from ernie45.engine.reference import Piece, Prompt, prompt_ids
 from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
 from ernie45.models.text import CausalLM
@@ -138,7 +138,7 @@ def _answer(
     for piece in ernie45.generate(model, tokenizer, ids, sampling):
         pieces.append(piece)
         if not as_json:
-            print(piece.text, end="", flush=True)
+            print(shown(piece.text), end="", flush=True)
     if as_json:
         print_json(_summary(pieces, len(ids), sampling))
         return 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ernie45
-from ernie45.cli.output import note
+from ernie45.cli.output import note, shown
 from ernie45.errors import RequestError
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ class Conversation:
         ending = ""
         try:
             for piece in self._pieces():
-                print(piece.text, end="", flush=True)
+                print(shown(piece.text), end="", flush=True)
                 answer += piece.text
                 count += len(piece.ids)
                 ending = ", stopped at the limit" if piece.finish_reason == "length" else ""

@@ -31,6 +31,8 @@ Run ERNIE 4.5 models on this machine.
   ernie models                     what is here (--all: every published model)
   ernie show MODEL                 parameters, context, size, memory needed
   ernie convert SRC DST --to pt|paddle|gguf
+  ernie quantize MODEL --scheme wint8|wint4|wint4-all
+  ernie bench MODEL                tokens per second, against the machine's bound
   ernie verify MODEL               check every tensor
   ernie doctor                     versions, CPU, memory, what to fix
   ernie --version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -15,6 +16,7 @@ _TERMINAL_DELAY_S, _TERMINAL_REDRAW_S = 0.5, 0.1
 # A log wants few lines, and none about what takes a moment.
 _LOG_DELAY_S, _LOG_INTERVAL_S = 3.0, 3.0
 _LOG_STEP = 0.05
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ProgressBar:
@@ -123,6 +125,11 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
         print(f"{name.ljust(width)}  {value}")
+
+
+def shown(text: str) -> str:
+    """Text of a model, for stdout: a terminal does not get the control characters that it would obey."""
+    return _CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text
 
 
 def note(message: str) -> None:

@@ -37,7 +37,9 @@ class PackedFormat:
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.group < 0 or self.group % GROUP:
-            raise ShapeError(f"packed format has {self.bits} bits in groups of {self.group}: expected 4 or 8 and a multiple of 64")
+            raise ShapeError(
+                f"packed format has {self.bits} bits in groups of {self.group}: expected 4 or 8 and a multiple of 64"
+            )
 
     @property
     def largest(self) -> int:
@@ -74,14 +76,19 @@ class PackedMatrix:
     format: PackedFormat = field(default_factory=lambda: PackedFormat(bits=8, group=0))
 
     def __post_init__(self) -> None:
-        expected = (self.format.weight_bytes(self.rows, self.columns),), (self.format.num_scales(self.rows, self.columns),)
+        expected = (
+            (self.format.weight_bytes(self.rows, self.columns),),
+            (self.format.num_scales(self.rows, self.columns),),
+        )
         if (tuple(self.weights.shape), tuple(self.scales.shape)) != expected:
             raise ShapeError(
                 f"packed matrix ({self.rows}, {self.columns}) in {self.format}: weights and scales have shapes "
                 f"{tuple(self.weights.shape)} and {tuple(self.scales.shape)}, expected {expected[0]} and {expected[1]}"
             )
         if self.weights.dtype != torch.uint8 or self.scales.dtype != torch.float16:
-            raise ShapeError(f"packed matrix holds {self.weights.dtype} and {self.scales.dtype}, expected uint8 and float16")
+            raise ShapeError(
+                f"packed matrix holds {self.weights.dtype} and {self.scales.dtype}, expected uint8 and float16"
+            )
 
     @property
     def size_bytes(self) -> int:
@@ -112,7 +119,9 @@ def pack(values_NK: Tensor, scales_NS: Tensor, format: PackedFormat) -> PackedMa
     rows, columns = values_NK.shape
     low = -8 if format.bits == 4 else -127
     if values_NK.numel() and (int(values_NK.min()) < low or int(values_NK.max()) > format.largest):
-        raise ShapeError(f"quantized values run from {int(values_NK.min())} to {int(values_NK.max())}, {format} holds {low} to {format.largest}")
+        raise ShapeError(
+            f"quantized values run from {int(values_NK.min())} to {int(values_NK.max())}, {format} holds {low} to {format.largest}"
+        )
     if scales_NS.shape != (rows, format.scale_sets(columns)):
         raise ShapeError(f"scales have shape {tuple(scales_NS.shape)}, expected {(rows, format.scale_sets(columns))}")
     padding = (0, -columns % GROUP, 0, -rows % ROWS)
@@ -162,7 +171,9 @@ def round_activations(x_TK: Tensor) -> tuple[Tensor, Tensor]:
     return (groups * inverse[..., None]).round(), largest / 127.0
 
 
-def linear(x_TK: Tensor, matrix: PackedMatrix, bias_N: Tensor | None = None, residual_TN: Tensor | None = None) -> Tensor:
+def linear(
+    x_TK: Tensor, matrix: PackedMatrix, bias_N: Tensor | None = None, residual_TN: Tensor | None = None
+) -> Tensor:
     """`x W^T + bias + residual` with a packed matrix.
 
     Args: x_TK, bias_N, residual_TN: float32, contiguous, on the CPU. Returns: float32 (T, N).
@@ -171,6 +182,8 @@ def linear(x_TK: Tensor, matrix: PackedMatrix, bias_N: Tensor | None = None, res
     _check("linear", x_TK, (None, matrix.columns))
     if residual_TN is not None:
         _check("linear", residual_TN, (x_TK.shape[0], matrix.rows))
+    if bias_N is not None:
+        _check("linear", bias_N[None], (1, matrix.rows))
     if native() is None:
         return linear_reference(x_TK, matrix, bias_N, residual_TN)
     y = torch.empty(x_TK.shape[0], matrix.rows)
@@ -196,11 +209,19 @@ def linear_reference(
 
 
 def rows(matrix: PackedMatrix, ids: Tensor) -> Tensor:
-    """The rows `ids` (int64, 1-D) of a packed matrix as float32: an embedding lookup. Exact."""
+    """The rows `ids` (int64, 1-D) of a packed matrix as float32: an embedding lookup. Exact.
+
+    Raises: ShapeError for other dtypes or shapes and for ids that are no rows.
+    """
+    if ids.dtype != torch.int64 or ids.ndim != 1:
+        raise ShapeError(f"[rows] expected int64 ids of shape (T,), got {ids.dtype}, {tuple(ids.shape)}")
     if native() is None:
         return rows_reference(matrix, ids)
     y = torch.empty(len(ids), matrix.columns)
-    matrix.native.rows(ids.contiguous(), y)
+    try:
+        matrix.native.rows(ids.contiguous(), y)
+    except ValueError as error:
+        raise ShapeError(str(error)) from error
     return y
 
 
@@ -261,10 +282,14 @@ def ffn(
     Returns: float32 (T, H). Raises: ShapeError for other shapes, dtypes or strides.
     """
     _check("ffn", x_TH, (None, None))
-    if native() is None:
+    extension = native()
+    if extension is None:
         return ffn_reference(x_TH, units, counts, tokens, weights, residual_TH)
     y = torch.empty_like(x_TH)
-    native().ffn([unit.native for unit in units], x_TH, y, tokens, weights, list(counts), residual_TH)  # type: ignore[union-attr]
+    try:
+        extension.ffn([unit.native for unit in units], x_TH, y, tokens, weights, list(counts), residual_TH)
+    except (TypeError, ValueError) as error:  # nanobind refuses a wrong dtype or stride as a TypeError
+        raise ShapeError(f"[ffn] {str(error).removeprefix('[ffn] ')}") from error
     return y
 
 

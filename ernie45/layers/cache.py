@@ -109,9 +109,7 @@ class AttentionView:
     def sequences(self) -> tuple[Sequences, ...]:
         """What the attention kernels want to know of each sequence by itself: a cache is one page."""
         starts = [cache.length for cache in self.caches or ()]
-        return tuple(
-            _sequences([fresh], [start + fresh]) for start, fresh in zip(starts, self.lengths, strict=True)
-        )
+        return tuple(_sequences([fresh], [start + fresh]) for start, fresh in zip(starts, self.lengths, strict=True))
 
     @cached_property
     def all_sequences(self) -> Sequences:
@@ -133,5 +131,7 @@ class AttentionView:
 def _sequences(fresh: Sequence[int], lengths: Sequence[int]) -> Sequences:
     pages = torch.arange(len(lengths), dtype=torch.int32)[:, None]
     return Sequences(
-        fresh_B=torch.tensor(fresh, dtype=torch.int32), lengths_B=torch.tensor(lengths, dtype=torch.int32), pages_BP=pages
+        fresh_B=torch.tensor(fresh, dtype=torch.int32),
+        lengths_B=torch.tensor(lengths, dtype=torch.int32),
+        pages_BP=pages,
     )

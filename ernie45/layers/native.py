@@ -61,7 +61,9 @@ class KernelAttentionCore(nn.Module):
         if len(view.caches) == 1:
             store = store_of(view.caches[0], self.layer_idx, view.lengths[0])
             return self._attend(qkv_TX, rotation_TJ, store, view.sequences[0]).flatten(1)
-        parts = zip(qkv_TX.split(view.lengths), rotation_TJ.split(view.lengths), view.caches, view.sequences, strict=True)
+        parts = zip(
+            qkv_TX.split(view.lengths), rotation_TJ.split(view.lengths), view.caches, view.sequences, strict=True
+        )
         outputs = [
             self._attend(qkv, rotation, store_of(cache, self.layer_idx, len(qkv)), sequence)
             for qkv, rotation, cache, sequence in parts

@@ -154,6 +154,8 @@ class LmHead(nn.Module):
 class CausalLM(nn.Module):
     """A language model: the decoder and its head. The head is a call of its own, so logits exist only where needed."""
 
+    kv_dtype: torch.dtype | None = None
+    """Dtype of caches; None = that of the activations. Kernel leaves take float32 and bfloat16 whatever these are."""
     load_account: Any = None
     """What became of every tensor of the file that the weights came from: a `checkpoint.source.LoadAccount`."""
 
@@ -207,7 +209,7 @@ class CausalLM(nn.Module):
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
-            dtype=self.dtype,
+            dtype=self.kv_dtype or self.dtype,
             device=self.device,
             capacity=capacity,
         )
@@ -216,7 +218,12 @@ class CausalLM(nn.Module):
         """An empty cache for one sequence of a multi-token prediction block: a single layer."""
         config = self.config
         return KVCache(
-            1, config.num_key_value_heads, config.head_dim, dtype=self.dtype, device=self.device, capacity=capacity
+            1,
+            config.num_key_value_heads,
+            config.head_dim,
+            dtype=self.kv_dtype or self.dtype,
+            device=self.device,
+            capacity=capacity,
         )
 
     def _head(self, normed_TH: Tensor) -> Tensor:

@@ -395,7 +395,7 @@ def _guarded_filter(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pass_context
-def _tojson(  # noqa: PLR0917  # the parameters that Hugging Face's templates use
+def _tojson(  # the parameters that Hugging Face's templates use
     context: Context,
     value: object,
     ensure_ascii: bool = False,

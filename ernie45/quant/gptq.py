@@ -2,8 +2,8 @@
 
 Shape letters: N rows (outputs), K columns (inputs). Source: inference reference 1.6 (Frantar et al., 2022). With H the
 second moment of the inputs, the output error of a column's rounding error e is least when columns j behind column i are
-moved by `-e_i / U_ii * U_ij`, U the upper Cholesky factor of the inverse of H. Scales of a group of columns are searched
-when the first of them is reached, on the weights as they have become by then.
+moved by `-e_i / U_ii * U_ij`, U the upper Cholesky factor of the inverse of H. Scales of a group of columns are
+searched when the first of them is reached, on the weights as they have become by then.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def gptq(weights_NK: Tensor, hessian_KK: Tensor, format: PackedFormat) -> Quanti
                 group = slice(start, min(start + per_scale, num_columns))
                 scale_N = find_scales(work[:, group], format, importance_K[group])
             scales.append(scale_N)
-        errors = _round_block(work[:, start:end], values[:, start:end], factor_KK[start:end, start:end], scale_N, format)
+        errors = _round_block(
+            work[:, start:end], values[:, start:end], factor_KK[start:end, start:end], scale_N, format
+        )
         work[:, end:] -= errors @ factor_KK[start:end, end:]
     return measured(weights_NK, values, torch.stack(scales, dim=1).half(), format)
 
@@ -66,7 +68,9 @@ def inverse_factor(hessian_KK: Tensor) -> Tensor:
     raise CapacityError(f"calibration gave no usable input statistics (mean square {mean}): use another, longer text")
 
 
-def _round_block(work_NB: Tensor, values_NB: Tensor, factor_BB: Tensor, scale_N: Tensor, format: PackedFormat) -> Tensor:
+def _round_block(
+    work_NB: Tensor, values_NB: Tensor, factor_BB: Tensor, scale_N: Tensor, format: PackedFormat
+) -> Tensor:
     """Round the columns of a block in order, in place; returns each column's error over its pivot, (N, B)."""
     columns = work_NB.T.contiguous()  # a column is then one run of memory
     errors = torch.empty_like(columns)

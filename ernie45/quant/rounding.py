@@ -56,7 +56,9 @@ def quantize(weights_NK: Tensor, format: PackedFormat, importance_K: Tensor | No
     chunks = [_round_groups(chunk, importance_SC, format) for chunk in groups_NSC.split(step)]
     num_rows, num_columns = weights_NK.shape
     values = torch.cat([values for values, _ in chunks]) if chunks else groups_NSC.to(torch.int8)
-    scales = torch.cat([scales for _, scales in chunks]) if chunks else groups_NSC.new_empty(0, groups_NSC.shape[1]).half()
+    scales = (
+        torch.cat([scales for _, scales in chunks]) if chunks else groups_NSC.new_empty(0, groups_NSC.shape[1]).half()
+    )
     return measured(weights_NK, values.flatten(1)[:num_rows, :num_columns].contiguous(), scales, format)
 
 

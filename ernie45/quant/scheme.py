@@ -1,9 +1,9 @@
 """Which parameter is stored how: a scheme is an ordered table of rules, name pattern to packed format.
 
-`wint8` and `wint4` have the published meaning (inference reference 2.2); `wint4-all` puts attention and dense layers into
-4 bits as well. The embedding table keeps 8 bits everywhere, because a tied one is the head: measured in
-`docs/quantization.md`. What no rule names (norms, bias vectors, routers, correction bias, the vision encoder) keeps its
-floating-point values.
+`wint8` and `wint4` have the published meaning (inference reference 2.2); `wint4-all` puts attention and dense layers
+into 4 bits as well. Embedding and head keep 8 bits in groups of 64 everywhere: they decide directly over the next
+token, and a scale per channel lost three times as much for 3 % less size (`docs/quantization.md`). What no rule names
+(norms, bias vectors, routers, correction bias, the vision encoder) keeps its floating-point values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ernie45.kernels.packed import PackedFormat
 
 SchemeName = Literal["wint8", "wint4", "wint4-all"]
 SCHEMES: tuple[str, ...] = ("wint8", "wint4", "wint4-all")
-DEFAULT_GROUP_4BIT = 64
+DEFAULT_GROUP_4BIT, TABLE_GROUP = 64, 64
 
 # Every matrix that may be packed, by its role; names are those of the network's parameters.
 _EXPERTS = ("*.mlp.experts.*_proj", "*.mlp.vision_experts.*_proj")
@@ -60,7 +60,8 @@ def make_scheme(name: str, group_size: int | None = None) -> Scheme:
     """The scheme of that name.
 
     Args: name: `wint8`, `wint4` or `wint4-all`. group_size: columns that share a scale, of the 4-bit matrices, or with
-            `wint8` of all; a multiple of 64, or 0 for one scale per output channel. None: 64 for 4 bits, 0 for 8 bits.
+            `wint8` of all; a multiple of 64, or 0 for one scale per output channel (embedding and head: 64). None: 64
+            for 4 bits, 0 for 8 bits.
     Raises: UsageError for another name or group size.
     """
     if name not in SCHEMES:
@@ -71,8 +72,11 @@ def make_scheme(name: str, group_size: int | None = None) -> Scheme:
     narrow = PackedFormat(bits=4, group=DEFAULT_GROUP_4BIT if group_size is None else group_size)
     experts = wide if name == "wint8" else narrow
     rest = narrow if name == "wint4-all" else wide
-    table = [(_EXPERTS, experts), (_FEED_FORWARD, rest), (_ATTENTION, rest), (_MTP, rest), (_TABLES, wide)]
-    return Scheme(name=name, rules=tuple(Rule(pattern=p, format=format) for patterns, format in table for p in patterns))
+    tables = PackedFormat(bits=8, group=(group_size if name == "wint8" else None) or TABLE_GROUP)
+    table = [(_EXPERTS, experts), (_FEED_FORWARD, rest), (_ATTENTION, rest), (_MTP, rest), (_TABLES, tables)]
+    return Scheme(
+        name=name, rules=tuple(Rule(pattern=p, format=format) for patterns, format in table for p in patterns)
+    )
 
 
 def scheme_from_json(name: object, rules: object, where: str) -> Scheme:
@@ -87,8 +91,18 @@ def _rule(rule: object, where: str) -> Rule:
         raise CheckpointError(f"{where}: a format is {str(rule)[:100]}, expected pattern, bits and group")
     pattern, bits, group = rule["pattern"], rule["bits"], rule["group"]
     if not isinstance(pattern, str) or len(pattern) > _MAX_PATTERN or not _PATTERN.fullmatch(pattern):
-        raise CheckpointError(f"{where}: {str(pattern)[:100]!r} is no pattern: letters, digits, '_', '.', up to four '*'")
-    if type(bits) is not int or bits not in (4, 8) or type(group) is not int or not 0 <= group <= _MAX_GROUP or group % 64:
-        raise CheckpointError(f"{where}: format of {pattern} has {bits!r} bits in groups of {group!r}: expected 4 or 8, "
-                              "and 0 or a multiple of 64")  # fmt: skip
-    return Rule(pattern=pattern, format=PackedFormat(bits=bits, group=group))  # type: ignore[arg-type]  # checked: 4 or 8
+        raise CheckpointError(
+            f"{where}: {str(pattern)[:100]!r} is no pattern: letters, digits, '_', '.', up to four '*'"
+        )
+    if (
+        type(bits) is not int
+        or bits not in (4, 8)
+        or type(group) is not int
+        or not 0 <= group <= _MAX_GROUP
+        or group % 64
+    ):
+        raise CheckpointError(
+            f"{where}: format of {pattern} has {bits!r} bits in groups of {group!r}: expected 4 or 8, and 0 or a "
+            "multiple of 64"
+        )
+    return Rule(pattern=pattern, format=PackedFormat(bits=4 if bits == 4 else 8, group=group))

@@ -13,7 +13,7 @@ from ernie45.checkpoint.gguf import read_gguf
 from ernie45.checkpoint.load import Progress
 from ernie45.checkpoint.source import ModuleSource
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, FolderLayout, write_folder
-from ernie45.errors import UsageError
+from ernie45.errors import NotFoundError, UsageError
 from ernie45.models.build import parse_dtype
 from ernie45.models.text import CausalLM
 from ernie45.processing import tokenizer as tokenizers
@@ -49,8 +49,11 @@ def load_tokenizer(folder: str | Path, *, chat_format: str | None = None) -> Tok
         path = files[0]
     if path.suffix != ".gguf":
         return tokenizers.load_tokenizer(path, chat_format=chat_format)
+    metadata = read_gguf(path).metadata
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise NotFoundError(f"{path} holds no vocabulary: it can be run with token ids only")
     with TemporaryDirectory() as scratch:
-        for name, content in tokenizer_files_from_gguf(read_gguf(path).metadata).items():
+        for name, content in tokenizer_files_from_gguf(metadata).items():
             Path(scratch, name).write_bytes(content)
         return tokenizers.load_tokenizer(scratch, chat_format=chat_format)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from ernie45.checkpoint.gguf import GGUFValue, ValueType, array
 from ernie45.checkpoint.load import Progress
-from ernie45.checkpoint.source import GgufSource, SafetensorsSource, open_source
+from ernie45.checkpoint.source import GgufSource, Source, open_source
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, write_folder, write_gguf
 from ernie45.errors import NotFoundError, UsageError
 from ernie45.models.build import parse_dtype
@@ -94,14 +94,15 @@ def convert(
             layout=to,
             dtype=torch_dtype,
             max_shard_bytes=max_shard_bytes,
-            extra_files=_companions(source) | dict(extra_files or {}),
+            extra_files=companions(source) | dict(extra_files or {}),
             overwrite=overwrite,
             progress=progress,
         )
     return Conversion(source=str(src), target=str(dst), from_format=source.format, to_format=to, notes=tuple(notes))
 
 
-def _companions(source: SafetensorsSource | GgufSource) -> dict[str, bytes]:
+def companions(source: Source) -> dict[str, bytes]:
+    """Small files that travel with the weights, by name: tokenizer, template, licence."""
     if isinstance(source, GgufSource):
         if "tokenizer.ggml.tokens" not in source.file.metadata:
             return {}
@@ -116,7 +117,7 @@ def _companions(source: SafetensorsSource | GgufSource) -> dict[str, bytes]:
     }
 
 
-def _vocabulary(source: SafetensorsSource | GgufSource) -> tuple[dict[str, GGUFValue], list[str]]:
+def _vocabulary(source: Source) -> tuple[dict[str, GGUFValue], list[str]]:
     if isinstance(source, GgufSource):
         metadata = {key: value for key, value in source.file.metadata.items() if key.startswith("tokenizer.")}
         return {key: _typed(value) for key, value in metadata.items()}, []

@@ -79,12 +79,18 @@ def describe(name: str, path: Path) -> ModelDescription:
     from ernie45.checkpoint.load import file_dtype
     from ernie45.checkpoint.source import GgufSource, open_source
     from ernie45.models.build import dtype_name
+    from ernie45.quant.folder import PackedSource
 
     source = open_source(path)
     dtype = file_dtype(source)
     size = source.file.path.stat().st_size if isinstance(source, GgufSource) else source.index.total_bytes
     described = describe_config(name, source.config, bytes_per_weight=dtype.itemsize)
     shown = "quantized" if isinstance(source, GgufSource) and _is_quantized(source) else dtype_name(dtype)
+    if isinstance(source, PackedSource):
+        # Packed weights are used as they lie in the file; only the cache is float32.
+        shown = source.statement.scheme.name
+        cache = described.memory_tokens * source.config.kv_bytes_per_token(4)
+        described = replace(described, memory_bytes=size + cache)
     return replace(
         described, path=str(path), format=source.format, dtype=shown, size_bytes=size, licence=_licence(path)
     )

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from ernie45.checkpoint.source import open_source
 from ernie45.errors import CheckpointError, NotFoundError, TransferError, UsageError
@@ -74,8 +73,11 @@ def _explained(repo_id: str) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise UsageError(f"{repo_id!r} is no hub id: {_first_line(error)}") from error
     except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, _transport_error(), OSError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # "not found in the cache", says the library of a lost connection
+            cause = cause.__cause__
         raise TransferError(
-            f"{repo_id} could not be downloaded ({_first_line(error)}). Run the command again to resume; without "
+            f"{repo_id} could not be downloaded ({_first_line(cause)}). Run the command again to resume; without "
             "network, copy the repository's files into a folder and run `ernie pull FOLDER`"
         ) from error
 
@@ -118,6 +120,6 @@ def _publish(partial: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _first_line(error: Exception) -> str:
-    lines: list[Any] = str(error).strip().splitlines()
-    return str(lines[0])[:200] if lines else type(error).__name__
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

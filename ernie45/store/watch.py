@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,10 +35,12 @@ def watched(folder: Path, total_bytes: int, report: Progress | None) -> Iterator
 
 
 def _size(folder: Path) -> int:
-    sizes = 0
+    total = 0
     for file in folder.rglob("*"):
         try:
-            sizes += file.lstat().st_size
+            found = file.lstat()
         except OSError:  # renamed or removed since it was listed
             continue
-    return sizes
+        if stat.S_ISREG(found.st_mode):
+            total += found.st_size
+    return total

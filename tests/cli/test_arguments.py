@@ -28,7 +28,9 @@ def test_sizes(text: str, expected: int) -> None:
     assert size_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "0", "0GB", "-1", "big", "5XB", "nan", "inf", "1e400", "1e3", "5 G B", "0.1", "٣"])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0GB", "-1", "big", "5XB", "nan", "inf", "1e400", "1e3", "5 G B", "0.1", "٣"]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no size"):
         size_bytes(text)

@@ -108,13 +108,30 @@ def test_build_info_says_how_it_was_built(extension: ModuleType) -> None:
 
 def test_stub_file_repeats_the_signatures(extension: ModuleType) -> None:
     stub = ast.parse((KERNELS / "_native.pyi").read_text())
-    declared = {
-        node.name: f"{node.name}({ast.unparse(node.args)}) -> {ast.unparse(node.returns)}"
-        for node in stub.body
-        if isinstance(node, ast.FunctionDef) and node.returns
-    }
-    public = [name for name in vars(extension) if not name.startswith("_")]
-    assert declared == {name: getattr(extension, name).__doc__.splitlines()[0] for name in public}
+    declared: dict[str, str] = {}
+    for node in stub.body:
+        functions = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        declared |= {
+            prefix + function.name: ast.unparse(function.args) + " -> " + ast.unparse(function.returns)
+            for function in functions
+            if isinstance(function, ast.FunctionDef) and function.returns
+        }
+
+    def documented(function: object) -> str:
+        (definition,) = ast.parse(f"def {str(function.__doc__).splitlines()[0]}: ...").body
+        assert isinstance(definition, ast.FunctionDef)
+        assert definition.returns
+        return ast.unparse(definition.args) + " -> " + ast.unparse(definition.returns)
+
+    found: dict[str, str] = {}
+    for name, value in vars(extension).items():
+        if isinstance(value, type):
+            methods = {"__init__"} | {method for method in vars(value) if not method.startswith("_")}
+            found |= {f"{name}.{method}": documented(getattr(value, method)) for method in methods}
+        elif not name.startswith("_"):
+            found[name] = documented(value)
+    assert declared == found
 
 
 def test_status_of_the_loaded_extension(extension: ModuleType) -> None:

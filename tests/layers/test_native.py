@@ -13,7 +13,10 @@ from ernie45.layers.cache import AttentionView
 from ernie45.layers.native import KernelAttentionCore, KernelRMSNorm, KernelRouter, use_kernel_leaves
 from ernie45.models.build import build_model
 
-CHOICES = ["reference", pytest.param("native", marks=pytest.mark.skipif(not status().available, reason=status().reason))]
+CHOICES = [
+    "reference",
+    pytest.param("native", marks=pytest.mark.skipif(not status().available, reason=status().reason)),
+]
 
 
 def _twin(model: Any) -> Any:

@@ -4,9 +4,9 @@ JSON."""
 import io
 import json
 import random
-from typing import Any
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece as spm

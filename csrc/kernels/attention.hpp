@@ -1,0 +1,77 @@
+// Attention of several sequences over a store of keys and values, for decoding and for prefill in chunks.
+//
+// Per (query, head): the keys are cut into blocks of 256, counted from the sequence's first token. Within a block
+//   s_j = (q / sqrt(D)) . k_j    sixteen partial sums over the dimensions (lane i takes i, i + 16, ..), folded i + 8, i + 4, i + 2, i + 1
+//   m = max s_j;  p_j = exp(s_j - m);  l = sum p_j in four partial sums (j mod 4), folded (0 + 2) + (1 + 3)
+//   o = sum p_j v_j              in ascending order of j
+// and blocks are joined in ascending order: M = max(m, m'), o = fma(o, e^(m - M), o' e^(m' - M)), l likewise; the result is o / l.
+// Nothing here depends on the thread count, on other sequences, or on which queries share a call: a prompt gives the same bits
+// whether it is prefilled at once, in chunks, or token by token.
+//
+// Keys and values are widened to float32 in pieces of 32 that stay in the first-level cache, once for all query heads of a group.
+// Bytes moved by one decoded token: all keys and values of its sequence. Multiply-adds: 2 N D per key, which bounds prefill.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace ernie45 {
+
+enum class KvType { kFloat32, kBfloat16, kInt8 };
+
+// Keys, or values, of one layer in pages: address of (page, head, slot) = base + page * page_stride + head * head_stride + slot * D, in
+// elements. int8: value = integer * scale, with one scale per slot and head at scales + page * scale_page_stride + ..
+struct KvHalf {
+    void* base = nullptr;
+    std::ptrdiff_t page_stride = 0, head_stride = 0;
+    float* scales = nullptr;  // int8 only
+    std::ptrdiff_t scale_page_stride = 0, scale_head_stride = 0;
+};
+
+// A contiguous cache is one page of `capacity` slots.
+struct KvStore {
+    KvType type = KvType::kFloat32;
+    KvHalf keys, values;
+    std::size_t pages = 0, heads = 0, slots = 0, head_dim = 0;
+};
+
+// The sequences of a step; their new tokens are packed one behind the other.
+struct Sequences {
+    std::size_t count = 0;
+    const std::int32_t* fresh = nullptr;    // (count) new tokens of each
+    const std::int32_t* lengths = nullptr;  // (count) tokens of each, the new ones included
+    const std::int32_t* pages = nullptr;    // (count, pages_per_sequence) page of tokens 0 .. slots - 1, of the next `slots`, ..
+    std::size_t pages_per_sequence = 0;
+};
+
+constexpr std::size_t kMaxHeadDim = 256;  // and a multiple of 16
+
+// out (T, query_heads, D) = attention of q (T, query_heads, D), float32. Query i of the n new ones of a sequence sees its first
+// length - n + i + 1 keys.
+void attention(const float* q, std::size_t query_heads, const KvStore& store, const Sequences& sequences, float scale, float* out);
+
+// What differs by instruction set. A tile is up to 8 rows, a row one query of one head. `scores` is (keys, 8): key by key the rows of
+// the tile, so that maxima and sums over keys need no shuffles.
+constexpr std::size_t kTileRows = 8;
+struct AttentionKernels {
+    void (*widen_bfloat16)(const std::uint16_t* x, std::size_t count, float* out);
+    void (*widen_int8)(const std::int8_t* x, float scale, std::size_t count, float* out);
+    // scores (keys, 8) = k (keys, dim) . q (rows, dim): 16 partial sums, folded as above. dim need not be a multiple of 16.
+    void (*dots)(const float* q, std::size_t rows, const float* k, std::size_t keys, std::size_t dim, float* scores);
+    // Scores of a block become p, -infinity becomes 0; the block has room for a multiple of 4 keys.
+    void (*softmax)(float* scores, std::size_t keys, float* maxima, float* sums);
+    // o (rows, dim) += sum over keys of p * v; dim is a multiple of 16.
+    void (*weigh)(const float* p, std::size_t rows, const float* v, std::size_t keys, std::size_t dim, float* o);
+    // Joins a block's maxima, sums (8 each) and o (rows, dim) to those of the blocks before.
+    void (*join)(const float* block_maxima, const float* block_sums, const float* block_o, std::size_t rows, std::size_t dim,
+                 float* maxima, float* sums, float* o);
+    // out = o / sum
+    void (*finish)(const float* o, float sum, std::size_t dim, float* out);
+};
+
+const AttentionKernels& baseline_attention();
+const AttentionKernels& avx2_attention();
+const AttentionKernels& avx512_attention();
+const AttentionKernels& attention_kernels();
+
+}  // namespace ernie45

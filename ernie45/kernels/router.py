@@ -1,0 +1,95 @@
+"""Router of a mixture of experts: scores, choice, weights, and the tokens ordered by expert.
+
+Shape letters: T tokens, H hidden, E experts, K experts per token. The native twin is in `csrc/kernels/router.cpp`; bytes moved
+for a few tokens: those of the gate. Source: architecture reference 2.5; `ernie45.layers.moe.route` is the trainable form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ernie45.errors import ShapeError
+from ernie45.kernels.choice import native
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which experts serve which tokens: by token, and by expert as `packed.ffn` takes it."""
+
+    weights_TK: Tensor
+    """float32, rows sum to 1."""
+    ids_TK: Tensor
+    """int32, best first."""
+    counts_E: Tensor
+    """int64: tokens of each expert."""
+    tokens: Tensor
+    """int32 (T K): ordered by expert, then by token."""
+    token_weights: Tensor
+    """float32 (T K): the weight of each entry of `tokens`."""
+
+
+def route(x_TH: Tensor, gate_EH: Tensor, bias_E: Tensor | None, num_active: int, norm_min: float) -> Routing:
+    """Choose experts for every token; the bias steers the choice but not the weights. Ties go to the lowest id.
+
+    Args: x_TH, gate_EH, bias_E: float32, contiguous, on the CPU. num_active: K, 1 to E. norm_min: lower bound of the sum
+        that the chosen probabilities are divided by.
+    Raises: ShapeError for other shapes, dtypes, devices or strides.
+    """
+    _check(x_TH, gate_EH, bias_E, num_active)
+    extension = native()
+    if extension is None:
+        return route_reference(x_TH, gate_EH, bias_E, num_active, norm_min)
+    num_tokens, entries = len(x_TH), len(x_TH) * num_active
+    routing = Routing(
+        weights_TK=torch.empty(num_tokens, num_active),
+        ids_TK=torch.empty(num_tokens, num_active, dtype=torch.int32),
+        counts_E=torch.empty(len(gate_EH), dtype=torch.int64),
+        tokens=torch.empty(entries, dtype=torch.int32),
+        token_weights=torch.empty(entries),
+    )
+    outputs = (routing.weights_TK, routing.ids_TK, routing.counts_E, routing.tokens, routing.token_weights)
+    extension.route(x_TH, gate_EH, bias_E, norm_min, *outputs)
+    return routing
+
+
+def route_reference(x_TH: Tensor, gate_EH: Tensor, bias_E: Tensor | None, num_active: int, norm_min: float) -> Routing:
+    """What `route` computes; differs from the native twin by the order of the sums."""
+    probs_TE = (x_TH @ gate_EH.T).softmax(-1)
+    scores_TE = probs_TE if bias_E is None else probs_TE + bias_E
+    ids_TK = scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :num_active]
+    chosen_TK = probs_TE.gather(-1, ids_TK)
+    weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp(min=norm_min)
+    order = ids_TK.flatten().argsort(stable=True)
+    return Routing(
+        weights_TK=weights_TK,
+        ids_TK=ids_TK.to(torch.int32),
+        counts_E=torch.bincount(ids_TK.flatten(), minlength=len(gate_EH)),
+        tokens=(order // num_active).to(torch.int32),
+        token_weights=weights_TK.flatten()[order],
+    )
+
+
+def _check(x_TH: Tensor, gate_EH: Tensor, bias_E: Tensor | None, num_active: int) -> None:
+    if x_TH.ndim != 2 or gate_EH.ndim != 2:
+        raise ShapeError(
+            f"[route] expected x (T, H) and gate (E, H), got {tuple(x_TH.shape)} and {tuple(gate_EH.shape)}"
+        )
+    num_experts, hidden = gate_EH.shape
+    if not 1 <= num_active <= num_experts:
+        raise ShapeError(f"[route] expected 1 to {num_experts} experts per token, got {num_active}")
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("x", x_TH, (len(x_TH), hidden)),
+        ("gate", gate_EH, (num_experts, hidden)),
+    ]
+    if bias_E is not None:
+        expected.append(("bias", bias_E, (num_experts,)))
+    for name, tensor, shape in expected:
+        fits = tuple(tensor.shape) == shape and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+        if not fits or not tensor.is_contiguous():
+            raise ShapeError(
+                f"[route] {name}: expected a contiguous float32 tensor of shape {shape} on the CPU, got "
+                f"{tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+            )

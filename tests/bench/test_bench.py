@@ -1,0 +1,124 @@
+"""`ernie bench`: random packed checkpoints, figures and reports that hold together. No speeds are asserted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+import ernie45
+from ernie45.bench.measure import measure, peak_memory_bytes, step_bytes
+from ernie45.bench.random_weights import write_gguf, write_packed
+from ernie45.bench.report import table
+from ernie45.checkpoint.index import open_folder
+from ernie45.checkpoint.source import open_source
+from ernie45.cli.main import main
+from ernie45.quant.scheme import make_scheme
+
+DENSE = ernie45.ModelConfig(
+    vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32,
+)  # fmt: skip
+MOE = replace(
+    DENSE,
+    num_nextn_predict_layers=1,
+    moe=ernie45.MoeConfig(moe_num_experts=8, moe_k=2, moe_intermediate_size=64, moe_num_shared_experts=1),
+)
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("scheme", ["wint8", "wint4", "wint4-all"])
+def test_random_packed_checkpoints_load_and_spread(tmp_path: Path, config: Any, scheme: str) -> None:
+    seen: list[tuple[int, int]] = []
+    write_packed(
+        config, make_scheme(scheme), tmp_path / "a", seed=3, progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1][0] == seen[-1][1]
+    write_packed(config, make_scheme(scheme), tmp_path / "b", seed=3)
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    source = open_source(tmp_path / "a")
+    for stored in source.layout:
+        value = source.read(stored)
+        if value.ndim > 1:
+            assert 0.015 < float(value.std()) < 0.025, stored.name
+    with torch.inference_mode():
+        assert torch.isfinite(ernie45.load_model(tmp_path / "a")(torch.arange(9)[None])).all()
+
+
+def test_a_step_of_a_tied_dense_model_reads_the_whole_file(tmp_path: Path) -> None:
+    write_packed(DENSE, make_scheme("wint8"), tmp_path / "a")
+    assert step_bytes(ernie45.load_model(tmp_path / "a"), 1) == open_folder(tmp_path / "a").total_bytes
+
+
+def test_bytes_of_a_step_count_the_experts_that_are_hit(tmp_path: Path) -> None:
+    write_packed(MOE, make_scheme("wint8"), tmp_path / "a")
+    model = ernie45.load_model(tmp_path / "a")
+    entries = open_folder(tmp_path / "a").entries.values()
+    experts = sum(entry.size_bytes for entry in entries if ".mlp.experts." in entry.name)
+    one, all_of_them = step_bytes(model, 1), step_bytes(model, 10_000)
+    assert all_of_them - one == pytest.approx(experts * 6 / 8, abs=2)
+
+
+def test_figures_are_complete_and_consistent(tmp_path: Path) -> None:
+    write_packed(MOE, make_scheme("wint4"), tmp_path / "a")
+    model = ernie45.load_model(tmp_path / "a")
+    figures = measure(model, bandwidth=1e9, contexts=(0, 40), batches=(1, 3), prompts=(8,), repeats=2, seconds=0.02)
+    assert [(f.what, f.context, f.batch) for f in figures] == [
+        ("decode", 0, 1), ("decode", 40, 1), ("decode", 0, 3), ("prefill", 8, 1)
+    ]  # fmt: skip
+    for figure in figures:
+        assert 0 < figure.low <= figure.tokens_per_s <= figure.high
+        if figure.what == "decode":
+            assert figure.bound_tokens_per_s == pytest.approx(1e9 / figure.bytes_per_step * figure.batch)
+    # keys and values of 40 tokens, 2 layers, 2 heads of 32, in bfloat16
+    assert figures[1].bytes_per_step - figures[0].bytes_per_step == 40 * 2 * 2 * 2 * 32 * 2
+    shown = table(figures, figures[:1], "a peer")
+    assert shown.count("\n") == 5
+    assert "| 1.00 |" in shown
+    assert peak_memory_bytes() > 50e6
+
+
+@pytest.mark.parametrize("config", [DENSE, replace(MOE, num_nextn_predict_layers=0)], ids=["dense", "moe"])
+def test_random_gguf_has_sane_blocks(tmp_path: Path, config: Any) -> None:
+    config = replace(config, hidden_size=256, intermediate_size=512)  # Q6_K blocks span 256 columns
+    write_gguf(config, tmp_path / "a.gguf")
+    for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors:
+        value = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        if value.ndim > 1:
+            assert 0.01 < value.std() < 0.03, tensor.name
+
+
+def test_the_verb_measures_a_shape_and_keeps_the_folder(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ernie45.preset", lambda name: DENSE)
+    arguments = ["bench", "--shape", "0.3b", "--scheme", "wint8", "--folder", str(tmp_path / "kept"), "--json"]
+    arguments += ["--contexts", "0", "--batches", "1", "--prompts", "4", "--repeats", "1"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["about"]["weights"] == "seeded random, wint8"
+    assert len(report["figures"]) == 2
+    assert main(arguments) == 0
+    assert "using the random weights" in capsys.readouterr().err
+    plot = tmp_path / "p.png"
+    code = main([*arguments[:-6], "--contexts", "0", "--batches", "1", "--prompts", "", "--plot", str(plot)])
+    assert (code == 0 and plot.stat().st_size > 5000) or (code == 4 and "matplotlib" in capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "give a MODEL, or --shape"),
+        (["x", "--shape", "0.3b"], 2, "give a MODEL, or --shape"),
+        (["--shape", "0.4b"], 4, "did you mean"),
+        (["x", "--contexts", "1,b"], 2, "no list of numbers"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], code: int, message: str, capsys: Any) -> None:
+    assert main(["bench", *arguments]) == code
+    assert message in capsys.readouterr().err

@@ -1,0 +1,92 @@
+"""Which kernels run: environment, functions, and the line that tells."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+from ernie45.errors import ConfigError
+from ernie45.kernels import choice, native
+
+TELL = """
+from ernie45.errors import ConfigError
+from ernie45.kernels import choice
+try:
+    extension = choice.native()
+    print("reference" if extension is None else f"{extension.isa()} {extension.num_threads()}")
+    print(choice.describe())
+except ConfigError as error:
+    print("ConfigError", error)
+"""
+
+
+def tell(**environment: str) -> list[str]:
+    """What a fresh process chooses under these variables."""
+    clean = {
+        name: value for name, value in os.environ.items() if name not in ("ERNIE_KERNELS", "ERNIE_ISA", "ERNIE_THREADS")
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", TELL], env=clean | environment, capture_output=True, text=True, check=True
+    )
+    return run.stdout.splitlines()
+
+
+def test_without_variables_the_best_runs(extension: ModuleType) -> None:
+    first, line = tell()
+    assert first.split()[0] == extension.best_isa()
+    assert f"the best of this CPU is {extension.best_isa()}" in line
+
+
+def test_variables_force_instruction_set_and_threads(extension: ModuleType) -> None:
+    first, line = tell(ERNIE_ISA="baseline", ERNIE_THREADS="3")
+    assert first == "baseline 3"
+    assert "forced by ERNIE_ISA=baseline" in line
+    assert "3 threads" in line
+
+
+def test_reference_can_be_forced() -> None:
+    first, line = tell(ERNIE_KERNELS="reference")
+    assert first == "reference"
+    assert line == "reference kernels in PyTorch: ERNIE_KERNELS=reference"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ERNIE_ISA": "neon9"}, "expected baseline, avx2 or avx512, got neon9"),
+        ({"ERNIE_THREADS": "0"}, "expected 1 to 1024, got 0"),
+        ({"ERNIE_THREADS": "many"}, "many"),
+    ],
+)
+def test_wrong_variables_are_errors(extension: ModuleType, environment: dict[str, str], message: str) -> None:
+    (line,) = tell(**environment)
+    assert line.startswith("ConfigError")
+    assert message in line
+
+
+def test_a_wrong_choice_is_an_error_with_or_without_the_module() -> None:
+    (line,) = tell(ERNIE_KERNELS="fast")
+    assert line == "ConfigError kernels is 'fast', expected 'native' or 'reference'"
+
+
+def test_a_choice_ends_with_its_block(extension: ModuleType) -> None:
+    assert choice.native() is extension
+    with choice.kernels("reference"):
+        assert choice.native() is None
+        with choice.kernels("native"):
+            assert choice.native() is extension
+        assert choice.native() is None
+    assert choice.native() is extension
+
+
+def test_native_without_the_module_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = native.NativeStatus(
+        available=False, reason="no module here", remedy="build it", features=(), cpu={}, build={}
+    )
+    monkeypatch.setattr(choice, "status", lambda: missing)
+    with pytest.raises(ConfigError, match=r"no module here\. build it"):
+        choice.use_kernels("native")

@@ -1,0 +1,267 @@
+"""Packed matrices: layout, products and the whole feed-forward, against references and against dequantized weights."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ernie45.errors import ShapeError
+from ernie45.kernels import packed
+from ernie45.kernels.packed import PackedFfn, PackedFormat, PackedMatrix
+
+FORMATS = [(bits, group) for bits in (4, 8) for group in (0, 64, 128)]
+# Native and reference round at different places: one fused multiply-add per group against a multiply and an add.
+TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
+
+
+def matrix(rows: int, columns: int, bits: int, group: int, seed: int = 0) -> PackedMatrix:
+    """Random values over the whole range of the format, scales that give outputs around one."""
+    format = PackedFormat(bits=4 if bits == 4 else 8, group=group)
+    generator = torch.Generator().manual_seed(seed)
+    low = -8 if bits == 4 else -127
+    values = torch.randint(low, format.largest + 1, (rows, columns), generator=generator).to(torch.int8)
+    scales = (0.5 + torch.rand(rows, format.scale_sets(columns), generator=generator)) / format.largest / columns**0.5
+    return packed.pack(values, scales.half(), format)
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 64), (17, 65), (50, 300), (3, 200)])
+def test_unpack_is_the_inverse_of_pack(bits: Literal[4, 8], group: int, rows: int, columns: int) -> None:
+    format = PackedFormat(bits=bits, group=group)
+    values = torch.randint(-8 if bits == 4 else -127, format.largest + 1, (rows, columns)).to(torch.int8)
+    scales = torch.rand(rows, format.scale_sets(columns)).half()
+    found_values, found_scales = packed.unpack(packed.pack(values, scales, format))
+    assert torch.equal(found_values, values)
+    assert torch.equal(found_scales, scales)
+
+
+def test_layout_by_hand() -> None:
+    """Row 3, column 6 of a block: 8 bit in vector 1, byte 2 of the row's word; 4 bit in the high nibble of vector 0."""
+    values = torch.zeros(16, 64, dtype=torch.int8)
+    values[3, 6] = 5
+    scales = torch.ones(16, 1).half()
+    eight = packed.pack(values, scales, PackedFormat(bits=8, group=0)).weights
+    assert {index: int(eight[index]) for index in (eight != 128).nonzero().flatten().tolist()} == {64 + 4 * 3 + 2: 133}
+    four = packed.pack(values, scales, PackedFormat(bits=4, group=0)).weights
+    assert {index: int(four[index]) for index in (four != 0x88).nonzero().flatten().tolist()} == {4 * 3 + 2: 0xD8}
+
+
+def test_pack_refuses_what_the_format_cannot_hold() -> None:
+    scales = torch.ones(2, 1).half()
+    cases: list[tuple[int, Any]] = [(8, 4), (-9, 4), (-128, 8)]
+    for value, bits in cases:
+        with pytest.raises(ShapeError, match="quantized values run from"):
+            packed.pack(torch.full((2, 64), value, dtype=torch.int8), scales, PackedFormat(bits=bits, group=0))
+    with pytest.raises(ShapeError, match="scales have shape"):
+        packed.pack(torch.zeros(2, 65, dtype=torch.int8), scales, PackedFormat(bits=8, group=64))
+    for bits, group in ((5, 0), (4, 63), (8, -64)):
+        with pytest.raises(ShapeError, match="packed format"):
+            PackedFormat(bits=bits, group=group)  # type: ignore[arg-type]
+    good = matrix(16, 64, 8, 0)
+    with pytest.raises(ShapeError, match="weights and scales have shapes"):
+        PackedMatrix(weights=good.weights[1:], scales=good.scales, rows=16, columns=64)
+    with pytest.raises(ShapeError, match="expected uint8 and float16"):
+        PackedMatrix(weights=good.weights, scales=good.scales.float(), rows=16, columns=64)
+
+
+# --- linear --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"), [(1, 1, 1), (33, 130, 3), (16, 64, 8), (100, 700, 17), (40, 2563, 1)]
+)
+def test_linear_is_its_reference(isa: str, bits: int, group: int, rows: int, columns: int, tokens: int) -> None:
+    m, x = matrix(rows, columns, bits, group), random(tokens, columns)
+    bias, residual = random(rows, seed=2), random(tokens, rows, seed=3)
+    for extras in ((None, None), (bias, None), (None, residual), (bias, residual)):
+        torch.testing.assert_close(packed.linear(x, m, *extras), packed.linear_reference(x, m, *extras), **TOLERANCE)
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_reference_is_the_product_with_the_dequantized_weights(bits: int, group: int) -> None:
+    """Inputs that 8 bits hold exactly: whole numbers up to 127 in each group of 64."""
+    m = matrix(40, 200, bits, group)
+    x = torch.randint(-127, 128, (5, 200)).float()
+    x[:, ::64] = 127
+    expected = x.double() @ packed.dequantize(m).double().T
+    torch.testing.assert_close(packed.linear_reference(x, m).double(), expected, atol=1e-3, rtol=1e-5)
+    noisy = random(50, 200)
+    exact = noisy.double() @ packed.dequantize(m).double().T
+    error = (packed.linear_reference(noisy, m) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert error < 0.01, "stated error of activations rounded to 8 bits per group of 64"
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 400),
+    tokens=st.integers(0, 20),
+    format=st.sampled_from(FORMATS),
+    threads=st.integers(1, 4),
+)
+def test_bits_depend_on_nothing_but_the_token(
+    extension: ModuleType, isas: list[str], rows: int, columns: int, tokens: int, format: tuple[int, int], threads: int
+) -> None:
+    m, x = matrix(rows, columns, *format), random(tokens, columns)
+    results = []
+    for name in isas:
+        extension.set_isa(name)
+        extension.set_num_threads(threads)
+        results.append(packed.linear(x, m))
+    assert all(torch.equal(results[0], result) for result in results)
+    alone = [packed.linear(x[i : i + 1], m) for i in range(tokens)]
+    assert torch.equal(torch.cat([torch.empty(0, rows), *alone]), results[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_thread_count_changes_no_bit(extension: ModuleType, bits: int) -> None:
+    m, x = matrix(600, 1000, bits, 64), random(40, 1000)
+    results = []
+    for threads in range(1, 9):
+        extension.set_num_threads(threads)
+        results.append(packed.linear(x, m))
+    assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_extreme_weights_and_inputs_do_not_overflow(isa: str, bits: int) -> None:
+    """All weights and all inputs at the ends of their range: the largest sums that 16-bit lanes have to hold."""
+    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    format = PackedFormat(bits=4 if bits == 4 else 8, group=0)
+    for value in (low, high):
+        m = packed.pack(torch.full((16, 128), value, dtype=torch.int8), torch.ones(16, 1).half(), format)
+        for sign in (1.0, -1.0):
+            y = packed.linear(torch.full((9, 128), 127 * sign), m)
+            assert torch.equal(y, torch.full((9, 16), 128 * 127 * sign * value))
+
+
+def test_linear_refuses_other_inputs() -> None:
+    m, x = matrix(20, 100, 8, 0), random(3, 100)
+    for bad in (x[0], x[:, :50], x.double(), x.T.contiguous().T, x.to("meta")):
+        with pytest.raises(ShapeError, match=r"\[linear\] expected a contiguous float32 tensor"):
+            packed.linear(bad, m)
+    with pytest.raises(ShapeError, match=r"\[linear\]"):
+        packed.linear(x, m, None, random(3, 21))
+    for bias in (random(21), random(20).double()):
+        with pytest.raises(ShapeError, match=r"\[linear\]"):
+            packed.linear(x, m, bias)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+def test_rows_are_those_of_the_dequantized_matrix(isa: str, bits: int, group: int) -> None:
+    m = matrix(50, 200, bits, group)
+    ids = torch.tensor([0, 49, 3, 3, 16])
+    expected = packed.dequantize(m)[ids]
+    assert torch.equal(packed.rows(m, ids), expected)
+    assert torch.equal(packed.rows_reference(m, ids), expected)
+    assert packed.rows(m, ids[:0]).shape == packed.rows_reference(m, ids[:0]).shape == (0, 200)
+
+
+def test_rows_refuse_other_ids(extension: ModuleType) -> None:
+    m = matrix(50, 200, 8, 0)
+    for ids in (torch.tensor([50]), torch.tensor([-1]), torch.tensor([1.0]), torch.tensor([[1]])):
+        with pytest.raises(ShapeError, match=r"\[rows\]"):
+            packed.rows(m, ids)
+
+
+# --- ffn -----------------------------------------------------------------------------------------------------------------
+
+
+def unit(hidden: int, width: int, bits: int, group: int, seed: int) -> tuple[PackedFfn, Tensor, Tensor]:
+    """A unit and its dequantized gate-and-up (2 I, H) and down (H, I)."""
+    both, down = matrix(2 * width, hidden, bits, group, seed), matrix(hidden, width, bits, group, seed + 100)
+    values, scales = packed.unpack(both)
+    gate_up = packed.pack(packed.interleave_gate_up(values), packed.interleave_gate_up(scales), both.format)
+    return PackedFfn(gate_up=gate_up, down=down), packed.dequantize(both), packed.dequantize(down)
+
+
+def routed(tokens: int, experts: int, active: int) -> tuple[list[int], Tensor, Tensor]:
+    """Counts, tokens and weights of a random choice of experts."""
+    generator = torch.Generator().manual_seed(7)
+    ids = (
+        torch.stack([torch.randperm(experts, generator=generator)[:active] for _ in range(tokens)])
+        if tokens
+        else torch.empty(0, active, dtype=torch.int64)
+    )
+    order = ids.flatten().argsort(stable=True)
+    weights = torch.rand(tokens * active, generator=generator)
+    return torch.bincount(ids.flatten(), minlength=experts).tolist(), (order // active).to(torch.int32), weights
+
+
+@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@pytest.mark.parametrize("tokens", [0, 1, 11])
+def test_ffn_is_its_reference_and_near_the_exact(isa: str, bits: int, group: int, tokens: int) -> None:
+    """Five routed experts, two of a narrower width, and a shared one of all tokens."""
+    made = [unit(130, 70 if index % 2 else 200, bits, group, index) for index in range(6)]
+    units, x, residual = [one[0] for one in made], random(tokens, 130), random(tokens, 130, seed=5)
+    counts, chosen, weights = routed(tokens, 5, 2)
+    y = packed.ffn(x, units, [*counts, -1], chosen, weights, residual)
+    torch.testing.assert_close(
+        y, packed.ffn_reference(x, units, [*counts, -1], chosen, weights, residual), atol=1e-4, rtol=1e-4
+    )
+
+    exact, start = residual.double(), 0
+    for (_, gate_up, down), count in zip(made, [*counts, -1], strict=True):
+        here = slice(start, start + count) if count >= 0 else None
+        rows = torch.arange(tokens) if here is None else chosen[here].long()
+        weight = torch.ones(tokens) if here is None else weights[here]
+        start += max(count, 0)
+        gate, up = (x[rows].double() @ gate_up.double().T).chunk(2, dim=1)
+        exact.index_add_(0, rows, (F.silu(gate) * up) @ down.double().T * weight.double()[:, None])
+    if tokens:
+        error = (y - exact).square().mean().sqrt() / (exact - residual).square().mean().sqrt()
+        assert error < 0.02, "stated error of two roundings of activations to 8 bits"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ffn_bits_depend_on_nothing_but_the_token(extension: ModuleType, isas: list[str], bits: int) -> None:
+    units = [unit(96, 80, bits, 0, index)[0] for index in range(4)]
+    x = random(23, 96)
+    counts, chosen, weights = routed(23, 4, 2)
+    results = []
+    for name in isas:
+        extension.set_isa(name)
+        for threads in (1, 2, 3, 8):
+            extension.set_num_threads(threads)
+            results.append(packed.ffn(x, units, counts, chosen, weights))
+    assert all(torch.equal(results[0], result) for result in results)
+    bounds = torch.tensor([0, *counts]).cumsum(0).tolist()
+    for token in (0, 9, 22):
+        mine = [chosen[a:b] == token for a, b in itertools.pairwise(bounds)]
+        one = [weights[a:b][hit] for a, b, hit in zip(bounds, bounds[1:], mine, strict=False)]
+        alone = packed.ffn(
+            x[token : token + 1], units, [len(w) for w in one], torch.zeros(2, dtype=torch.int32), torch.cat(one)
+        )
+        assert torch.equal(alone[0], results[0][token])
+
+
+def test_ffn_refuses_inconsistent_routing(extension: ModuleType) -> None:
+    units, x = [unit(64, 64, 8, 0, 0)[0]], random(3, 64)
+    tokens, weights = torch.tensor([0, 1], dtype=torch.int32), torch.ones(2)
+    for arguments in (
+        ([3], tokens, weights),
+        ([1], tokens, weights),
+        ([2, 2], tokens, weights),
+        ([2], torch.tensor([0, 3], dtype=torch.int32), weights),
+        ([2], None, None),
+        ([-1], tokens, None),
+        ([2], tokens, weights[:1]),
+    ):
+        with pytest.raises(ShapeError, match=r"\[ffn\]"):
+            packed.ffn(x, units, *arguments)

@@ -1,0 +1,198 @@
+"""A quantized network against the same network with the dequantized weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ernie45.checkpoint.load import load_model
+from ernie45.checkpoint.source import Source, open_source
+from ernie45.errors import CheckpointError
+from ernie45.kernels.choice import kernels
+from ernie45.kernels.native import status
+from ernie45.kernels.packed import round_activations
+from ernie45.layers.cache import AttentionView
+from ernie45.layers.ffn import SwiGLU
+from ernie45.layers.moe import Experts
+from ernie45.models.build import build_model
+from ernie45.models.text import CausalLM
+from ernie45.quant.folder import PackedSource
+from ernie45.quant.layers import BiasedSwiGLU, PackedExperts, PackedLinear, PackedSwiGLU, swap_leaves
+
+LEAVES = (PackedLinear, PackedSwiGLU, BiasedSwiGLU, PackedExperts)
+CASES: dict[str, dict[str, Any]] = {
+    "dense, tied": {},
+    "dense, untied, bias": {"tie_word_embeddings": False, "use_bias": True},
+    "mixture": {"moe": True},
+    "mixture, untied, mtp": {"moe": True, "mtp": 1, "tie_word_embeddings": False},
+    "mixture, bias, mtp": {"moe": True, "mtp": 1, "use_bias": True},
+}
+# A whole network against the float one: activations are rounded to 8 bits in front of each of about 20 products in a
+# row. No reference can be much closer: one last bit moves a value over a rounding boundary, and what follows differs
+# by as much.
+NETWORK = 0.08
+# A single leaf on equal, rounded inputs: the order of sums alone, but for tokens whose inner state has such a value.
+LEAF, LEAF_STEP = 1e-5, 0.03
+
+
+def _dequantized(source: Source) -> CausalLM:
+    """The float network with the weights that the packed ones stand for."""
+    model = build_model(source.config)
+    with torch.no_grad():
+        for stored in source.layout:
+            model.state_dict()[stored.name].copy_(source.read(stored))
+    return model.eval()
+
+
+def _rounded(x: torch.Tensor) -> torch.Tensor:
+    values, scales = round_activations(x)
+    return (values * scales[..., None]).flatten(1)[:, : x.shape[1]]
+
+
+class _RoundedExperts(nn.Module):
+    """Routed experts, one token and expert after the other, with rounded activations: slow and plain."""
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros_like(x)
+        for t in range(len(x)):
+            for weight, expert in zip(weights[t], ids[t].tolist(), strict=True):
+                gate, up = (self.experts.up_gate_proj[expert] @ _rounded(x[t : t + 1])[0]).chunk(2)
+                inner = _rounded((nn.functional.silu(gate) * up)[None])[0]
+                out[t] += weight * (self.experts.down_proj[expert] @ inner)
+        return out
+
+
+def _round_inputs(model: nn.Module) -> None:
+    """Make a float network round what the packed one rounds."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (_rounded(inputs[0]),))  # not the head: 15 bits
+        elif isinstance(module, Experts):
+            model.set_submodule(name, _RoundedExperts(module))
+
+
+@torch.inference_mode()
+def _outputs(model: CausalLM) -> list[torch.Tensor]:
+    """Logits of a prefill, of four decode steps behind it, and of the multi-token prediction block."""
+    ids = torch.randint(101, (17,), generator=torch.Generator().manual_seed(3))
+    cache = model.new_cache()
+    view = AttentionView(lengths=(13,), caches=(cache,))
+    hidden = model.hidden(ids[:13], view)
+    found = [model.logits(hidden)]
+    for i in range(13, 17):
+        found.append(model.logits(model.hidden(ids[i : i + 1], AttentionView(lengths=(1,), caches=(cache,)))))
+    if model.config.num_nextn_predict_layers:
+        mtp_view = AttentionView(lengths=(13,), caches=(model.new_mtp_cache(),))
+        found.append(model.mtp_logits(model.model.mtp(hidden, ids[1:14], torch.arange(13), mtp_view)))
+    return found
+
+
+def _largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["wint8", "wint4", "wint4-all"])
+@pytest.mark.parametrize("case", CASES)
+def test_quantized_network_is_the_network_with_dequantized_weights(
+    packed: Callable[..., Path], scheme: str, case: str
+) -> None:
+    folder = packed(scheme, **CASES[case])
+    plain = _outputs(_dequantized(open_source(folder)))
+    size = max(float(logits.abs().max()) for logits in plain)
+    for choice in ("reference", "native"):
+        if choice == "native" and not status().available:
+            continue
+        with kernels(choice):
+            found = _outputs(load_model(folder))
+        assert _largest_difference(found, plain) < NETWORK * size
+        # Wrong weights of any one leaf give a mean difference of order one.
+        assert max(float((a - b).abs().mean()) for a, b in zip(found, plain, strict=True)) < 0.02 * size
+
+
+@pytest.mark.parametrize("choice", ["reference", "native"])
+@pytest.mark.parametrize("case", CASES)
+@torch.inference_mode()
+def test_every_leaf_on_equal_inputs(packed: Callable[..., Path], choice: Any, case: str) -> None:
+    if choice == "native" and not status().available:
+        pytest.skip(status().reason)
+    folder = packed("wint4", **CASES[case])
+    exact, model = _dequantized(open_source(folder)), load_model(folder)
+    shared = {name: m for name, m in exact.named_modules() if name.endswith("shared_experts")}
+    _round_inputs(exact)
+    names = [name for name, module in model.named_modules() if type(module) in LEAVES]
+    assert len(names) >= 3 * 3
+    with kernels(choice):
+        for name in names:
+            leaf, twin = model.get_submodule(name), exact.get_submodule(name)
+            width = 192 if "mtp_linear_proj" in name else 96
+            x = torch.randn(40, width, generator=torch.Generator().manual_seed(7))
+            if isinstance(leaf, PackedExperts):
+                block = model.get_submodule(name.removesuffix(".experts"))
+                arguments = block.get_submodule("gate")(x)
+                found, expected = leaf(x, *arguments), twin(x, *arguments)
+                if leaf.shared is not None:
+                    expected = expected + shared[name.replace("experts", "shared_experts")](x)
+            else:
+                found, expected = leaf(x), twin(x)
+            close = ((found - expected).abs() < LEAF * expected.abs().max()).all(-1)
+            assert close.float().mean() >= 0.8, f"{name}: {float((found - expected).abs().max())}"
+            assert (found - expected).abs().max() < LEAF_STEP * expected.abs().max()
+
+
+def test_dtypes_and_embedding(packed: Callable[..., Path]) -> None:
+    folder = packed("wint8", moe=True)
+    model = load_model(folder, "auto")
+    assert model.dtype == torch.float32
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    ids = torch.tensor([[0, 100], [7, 7]])
+    table = next(s for s in open_source(folder).layout if s.name == "model.embed_tokens.weight")
+    assert torch.equal(model.model.embed_tokens(ids), open_source(folder).read(table)[ids])
+
+
+@torch.inference_mode()
+def test_results_do_not_depend_on_neighbours(packed: Callable[..., Path]) -> None:
+    model = load_model(packed("wint4", moe=True))
+    ids = torch.randint(101, (20,), generator=torch.Generator().manual_seed(5))
+    together = model.hidden(ids, AttentionView(lengths=(12, 8)))
+    alone = model.hidden(ids[12:], AttentionView(lengths=(8,)))
+    torch.testing.assert_close(together[12:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_shared_experts_ride_along_and_pools_keep_apart(packed: Callable[..., Path]) -> None:
+    model = load_model(packed("wint4", moe=True))
+    block = model.get_submodule("model.layers.1.mlp")
+    assert block.shared_experts is None
+    assert isinstance(block.experts, PackedExperts)
+    assert block.experts.shared is not None
+    # Without the routed experts' weights only the shared ones are left, once.
+    x = torch.randn(5, 96)
+    weights, ids = block.gate(x)
+    both, routed = block.experts(x, weights, ids), PackedExperts(block.experts.units)(x, weights, ids)
+    alone = PackedExperts(block.experts.units, block.experts.shared)(x, weights * 0, ids)
+    torch.testing.assert_close(both, routed + alone, atol=1e-5, rtol=1e-5)
+    assert alone.abs().max() > 1e-3
+
+
+def test_leaves_that_do_not_fit_are_refused(packed: Callable[..., Path]) -> None:
+    source = open_source(packed("wint8"))
+    assert isinstance(source, PackedSource)
+    tensors = {parameter.name: source.matrices(parameter) for parameter in source.plan.packed}
+    with pytest.raises(CheckpointError, match="only one of its two"):
+        swap_leaves(
+            build_model(source.config, device="meta"), {k: v for k, v in tensors.items() if "down_proj" not in k}
+        )
+    with pytest.raises(CheckpointError, match=r"model\.layers\.9"):
+        swap_leaves(build_model(source.config, device="meta"), {**tensors, "model.layers.9.x": ()})
+    # What is not given stays.
+    model = build_model(source.config, device="meta")
+    swap_leaves(model, {})
+    assert isinstance(model.get_submodule("model.layers.0.mlp"), SwiGLU)

@@ -1,0 +1,136 @@
+"""The scale search: never worse than plain rounding, error told as it is, every trick of use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ernie45.errors import CapacityError
+from ernie45.kernels.packed import PackedFormat, dequantize, pack
+from ernie45.quant.gptq import gptq, inverse_factor
+from ernie45.quant.rounding import Quantized, quantize, quantize_absmax
+
+FORMATS = [PackedFormat(bits=bits, group=group) for bits in (4, 8) for group in (0, 64, 128)]
+
+
+def _dequantized(result: Quantized, format: PackedFormat) -> torch.Tensor:
+    return dequantize(pack(result.values_NK, result.scales_NS, format))
+
+
+def _weighted(weights: torch.Tensor, result: Quantized, format: PackedFormat, importance: torch.Tensor) -> torch.Tensor:
+    """Weighted squared error of every row, in float64."""
+    return ((_dequantized(result, format) - weights).double().square() * importance).sum(1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 300),
+    format=st.sampled_from(FORMATS),
+    scale=st.sampled_from([1e-6, 0.02, 1.0, 3e4]),
+    heavy=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_never_worse_than_plain_rounding(
+    rows: int, columns: int, format: PackedFormat, scale: float, heavy: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(rows, columns, generator=generator) * scale
+    if heavy:
+        weights *= torch.rand(rows, columns, generator=generator) ** -0.5
+    importance = torch.rand(columns, generator=generator) + 0.01
+    plain = quantize_absmax(weights, format)
+    for weight in (None, importance):
+        found = quantize(weights, format, weight)
+        used = torch.ones(columns) if weight is None else weight
+        errors = (_weighted(weights, result, format, used) for result in (found, plain))
+        better, worse = errors
+        assert bool((better <= worse * (1 + 1e-5)).all())
+        difference = (_dequantized(found, format).double() - weights.double()).norm() / weights.double().norm()
+        assert found.relative_error == pytest.approx(float(difference), rel=1e-4, abs=1e-9)
+
+
+def test_errors_of_normal_weights() -> None:
+    """Gaussian weights, groups of 64: figures to expect, and clearly below plain rounding at 4 bits."""
+    weights = torch.randn(256, 512, generator=torch.Generator().manual_seed(0))
+    narrow = PackedFormat(bits=4, group=64)
+    assert quantize(weights, narrow).relative_error < 0.093
+    assert quantize_absmax(weights, narrow).relative_error > 0.105
+    assert quantize(weights, PackedFormat(bits=8, group=64)).relative_error < 0.0059
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_lone_extreme_takes_the_eighth_step(sign: int) -> None:
+    """-8 to 7 times a scale of either sign: weights on such a grid are stored exactly, plain rounding errs."""
+    weights = sign * torch.arange(-8, 8).repeat(4)[None].float() / 8
+    format = PackedFormat(bits=4, group=64)
+    found = quantize(weights, format)
+    assert found.relative_error == 0
+    assert float(found.scales_NS) == sign * 0.125
+    assert quantize_absmax(weights, format).relative_error > 0.02
+
+
+def test_importance_decides_where_the_error_goes() -> None:
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    format, importance = PackedFormat(bits=4, group=64), torch.full((64,), 1e-3)
+    importance[:8] = 1.0
+    told, untold = quantize(weights, format, importance), quantize(weights, format)
+    assert (
+        _weighted(weights, told, format, importance).sum() < 0.8 * _weighted(weights, untold, format, importance).sum()
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_zeros_and_extremes(format: PackedFormat) -> None:
+    for value in (0.0, 1e-9, 6e4, 3e38):
+        weights = torch.full((3, 70), value)
+        weights[0] = 0
+        result = quantize(weights, format)
+        assert torch.isfinite(result.scales_NS).all()
+        assert not result.values_NK[0].any()
+        assert result.relative_error == 0 or value in (1e-9, 3e38, 6e4)
+    assert quantize(torch.empty(0, 70), format).relative_error == 0
+
+
+def _inputs(columns: int, rank: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2000, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+
+
+def _output_error(weights: torch.Tensor, result: Quantized, format: PackedFormat, inputs: torch.Tensor) -> float:
+    exact = inputs @ weights.T
+    return float((inputs @ _dequantized(result, format).T - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("columns", [150, 192])
+def test_gptq_changes_outputs_least(format: PackedFormat, columns: int) -> None:
+    weights = torch.randn(48, columns, generator=torch.Generator().manual_seed(2))
+    inputs = _inputs(columns, rank=40, seed=3) + 0.05 * _inputs(columns, columns, seed=4) / 10
+    result = gptq(weights, inputs.T @ inputs, format)
+    searched = quantize(weights, format)
+    assert _output_error(weights, result, format, inputs) < 0.75 * _output_error(weights, searched, format, inputs)
+    difference = (_dequantized(result, format).double() - weights.double()).norm() / weights.double().norm()
+    assert result.relative_error == pytest.approx(float(difference), rel=1e-5)
+
+
+def test_gptq_with_independent_inputs_is_the_search() -> None:
+    """A diagonal H leaves nothing to compensate: each column is rounded on its own, with the same scales."""
+    weights = torch.randn(16, 128, generator=torch.Generator().manual_seed(5))
+    format = PackedFormat(bits=4, group=64)
+    assert torch.equal(gptq(weights, torch.eye(128), format).values_NK, quantize(weights, format).values_NK)
+
+
+def test_inverse_factor() -> None:
+    inputs = _inputs(30, 30, seed=6)
+    hessian = inputs.T @ inputs
+    factor = inverse_factor(hessian).double()
+    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(30)
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(30).double(), atol=1e-3, rtol=0)
+    # One token gives a matrix of rank one: damping makes it invertible. No token gives nothing.
+    assert torch.isfinite(inverse_factor(inputs[:1].T @ inputs[:1])).all()
+    with pytest.raises(CapacityError, match="no usable input statistics"):
+        inverse_factor(torch.zeros(4, 4))
