@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -162,11 +163,17 @@ class Terminal:
             if select.select([self.master], [], [], 0.1)[0]:
                 self.shown += os.read(self.master, 4096)
 
-    def close(self) -> int:
+    def close(self, timeout_s: float = 60) -> int:
         """Wait for the end; returns the exit code."""
-        _, status = os.waitpid(self.pid, 0)
-        os.close(self.master)
-        return os.waitstatus_to_exitcode(status)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                os.close(self.master)
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def test_on_a_terminal(endless: str) -> None:
@@ -177,6 +184,6 @@ def test_on_a_terminal(endless: str) -> None:
     terminal.type("\x03")
     terminal.wait_for(r"\[\d+ tokens, [\d.]+ tokens/s, interrupted\]\r\n(.*\r\n)*> $")
     terminal.type("/system x\n")
-    terminal.wait_for(r"\[system message set\]")
+    terminal.wait_for(r"\[system message set\]\r\n(.*\r\n)*> $")  # earlier, line editing would not see the key
     terminal.type("\x04")
     assert terminal.close() == 0
