@@ -51,7 +51,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
         help="answer this and exit; without it stdin is read to its end, or, on a terminal, a conversation begins",
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to answer with")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to answer with (default: 2048)")
     parser.add_argument(
         "--temperature",
         type=float,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ernie45
-from ernie45.cli.conversation import Conversation
+from ernie45.cli.conversation import Conversation, limited
 from ernie45.cli.output import ProgressBar, note, print_json, shown
 from ernie45.engine.reference import Piece, Prompt, prompt_ids
 from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
@@ -135,7 +135,7 @@ def _answer(
     if sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(32))  # drawn here, so that it can be told
     pieces = []
-    for piece in ernie45.generate(model, tokenizer, ids, sampling):
+    for piece in ernie45.generate(model, tokenizer, ids, limited(sampling, model, len(ids))):
         pieces.append(piece)
         if not as_json:
             print(shown(piece.text), end="", flush=True)

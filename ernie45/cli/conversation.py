@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ernie45
 from ernie45.cli.output import note, shown
+from ernie45.engine.reference import prompt_ids
 from ernie45.errors import RequestError
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
@@ -19,6 +20,8 @@ _HELP = """\
 /system X   set the system message; without X, remove it
 /exit       leave (or Ctrl-D); Ctrl-C stops an answer
 Anything else is a question; a space in front of / makes it one, too."""
+USUAL_LIMIT = 2048
+"""Most tokens of an answer unless `--max-tokens` says otherwise: a model that repeats itself would fill its context."""
 
 
 @dataclass
@@ -99,8 +102,16 @@ class Conversation:
 
     def _pieces(self) -> Any:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, *self.messages]
-        return ernie45.generate(self.model, self.tokenizer, messages, self.sampling, thinking=self.thinking)
+        ids = prompt_ids(self.tokenizer, [*system, *self.messages], thinking=self.thinking)
+        return ernie45.generate(self.model, self.tokenizer, ids, limited(self.sampling, self.model, len(ids)))
+
+
+def limited(sampling: ernie45.SamplingParams, model: CausalLM, num_prompt: int) -> ernie45.SamplingParams:
+    """The parameters with a limit of tokens, the usual one where none was asked for and the context has that room."""
+    room = model.config.max_position_embeddings - num_prompt
+    if sampling.max_tokens is not None or room < 1:
+        return sampling
+    return replace(sampling, max_tokens=min(USUAL_LIMIT, room))
 
 
 def _read_line() -> str:

@@ -43,6 +43,14 @@ def test_the_answer_is_streamed_to_stdout_and_the_limit_named_on_stderr(ernie: E
     assert result.err == "[stopped after 8 tokens, the limit: --max-tokens sets it]\n"
 
 
+def test_an_answer_without_end_is_ended(ernie: Ernie, endless: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ernie45.cli.conversation.USUAL_LIMIT", 30)
+    assert ernie("chat", endless, "the quick", "--temperature", "0").err.startswith("[stopped after 30 tokens")
+    filled = json.loads(ernie("chat", "tiny", "fox " * 70, "--temperature", "0", "--json").out)
+    assert filled["usage"]["total_tokens"] <= 256
+    assert filled["finish_reason"] == "length"
+
+
 def test_pipe_argument_and_options_anywhere_agree(ernie: Ernie) -> None:
     argument = ernie("chat", "tiny", "the quick", *GREEDY)
     assert ernie("chat", "tiny", *GREEDY, stdin="the quick") == argument

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,7 @@ class Model:
 def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     fake = Model()
     monkeypatch.setattr(ernie45, "generate", fake.generate, raising=False)
+    monkeypatch.setattr(conversation, "prompt_ids", lambda tokenizer, messages, thinking: messages)
     return fake
 
 
@@ -63,7 +65,8 @@ def talk(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 
         monkeypatch.setattr("builtins.input", read)
         nothing: Any = None
-        code = Conversation(nothing, nothing, ernie45.SamplingParams(), system, None).run()
+        network: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
+        code = Conversation(network, nothing, ernie45.SamplingParams(), system, None).run()
         out, err = capsys.readouterr()
         assert err.startswith(HELP)
         return code, out, err.removeprefix(HELP + "\n").replace("> ", "")
@@ -140,6 +143,16 @@ def test_control_c_at_the_prompt_leaves_when_repeated(talk: Talk, model: Model) 
     assert len(model.asked) == 2
     with pytest.raises(KeyboardInterrupt):
         talk(KeyboardInterrupt, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt", "limit"),
+    [(None, 100, 2048), (None, 3000, 1096), (None, 4096, None), (5, 10, 5), (9999, 10, 9999)],
+)
+def test_answers_have_a_limit_that_fits(asked: int | None, prompt: int, limit: int | None) -> None:
+    network: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096))
+    params = ernie45.SamplingParams(max_tokens=asked, seed=3)
+    assert conversation.limited(params, network, prompt) == ernie45.SamplingParams(max_tokens=limit, seed=3)
 
 
 class Terminal:
