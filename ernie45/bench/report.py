@@ -71,7 +71,7 @@ def save_plot(
         if rival:
             axes.bar(at + 0.2, rival, 0.4, color="#c9ada7", label=peer if at == 0 else None)
         if measured.bound_tokens_per_s:
-            label = "memory bound" if at == 0 else None
+            label = "memory bound" if at == 0 else ""
             axes.hlines(
                 measured.bound_tokens_per_s, at - 0.45, at + 0.45, colors="#9b2226", linestyles="--", label=label
             )
