@@ -121,8 +121,8 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="columns that share a scale, a multiple of 64, 0 for one per channel; of the 4-bit matrices (default 64), "
-        "with wint8 of all (default 0)",
+        help="columns that share a scale, of the 4-bit matrices, or with wint8 of all: a multiple of 64 (default), 0 for one "
+        "per channel, or for 4 bits 32, a scale and a minimum (default of 4-bit matrices that are no experts)",
     )
     parser.add_argument("--calibrate", metavar="FILE", help="text whose statistics steer the rounding (GPTQ)")
     parser.add_argument("-o", "--output", metavar="DIR", help="folder to write (default: MODEL-SCHEME in the store)")

@@ -43,7 +43,7 @@ class QuantizationReport:
     bits_per_weight: float
     """Of all weights of the network, scales included."""
     tensors: dict[str, dict[str, Any]]
-    """By parameter: bits, group, relative_error (Frobenius norms), method, and with calibration its coverage."""
+    """By parameter: bits, group, activation_bits, relative_error (Frobenius norms), method, and with calibration its coverage."""
 
     def worst(self, count: int = 5) -> list[tuple[str, float]]:
         """Parameters with the largest relative errors."""
@@ -146,7 +146,7 @@ def _pack_parameter(
         hessian = None if calibrator is None else calibrator.hessian(parameter, i)
         format = parameter.format
         result = quantize(weights, format) if hessian is None else gptq(weights, hessian, format)
-        values, scales = result.values_NK, result.scales_NS
+        values, scales = result.values_NK, result.scales
         if parameter.interleaved:
             values, scales = interleave_gate_up(values), interleave_gate_up(scales)
         matrix = pack(values, scales, format)
@@ -157,6 +157,7 @@ def _pack_parameter(
     facts = {
         "bits": parameter.format.bits,
         "group": parameter.format.group,
+        "activation_bits": parameter.format.activation_bits,
         "method": "gptq" if coverage else "search",
         "relative_error": (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
         **coverage,
