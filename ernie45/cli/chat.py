@@ -18,6 +18,7 @@ from ernie45.cli.conversation import Conversation, limited
 from ernie45.cli.output import ProgressBar, note, print_json, shown
 from ernie45.engine.reference import Piece, Prompt, prompt_ids
 from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
+from ernie45.kernels.choice import kernels
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
 from ernie45.store.location import DEFAULT_MODEL, resolve
@@ -31,6 +32,11 @@ _MODEL_LIKE = re.compile(r"[A-Za-z0-9_./-]{1,128}|[./~].{1,1024}")
 
 def run(options: argparse.Namespace) -> int:
     """Check what was asked for, load the model, then answer once or converse."""
+    with kernels(options.kernels, why=f"--kernels {options.kernels}"):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     path, prompt = _model_and_prompt(options)
     if prompt is None and not _is_terminal():
         prompt = sys.stdin.read() if sys.stdin is not None else ""

@@ -103,8 +103,10 @@ def test_the_verb_measures_a_shape_and_keeps_the_folder(
     report = json.loads(capsys.readouterr().out)
     assert report["about"]["weights"] == "seeded random, wint8"
     assert len(report["figures"]) == 2
-    assert main(arguments) == 0
-    assert "using the random weights" in capsys.readouterr().err
+    assert main([*arguments, "--kernels", "reference"]) == 0
+    again = capsys.readouterr()
+    assert "using the random weights" in again.err
+    assert json.loads(again.out)["about"]["kernels"] == "reference kernels in PyTorch: --kernels reference"
     plot = tmp_path / "p.png"
     code = main([*arguments[:-6], "--contexts", "0", "--batches", "1", "--prompts", "", "--plot", str(plot)])
     assert (code == 0 and plot.stat().st_size > 5000) or (code == 4 and "matplotlib" in capsys.readouterr().err)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import signal
@@ -15,6 +16,9 @@ import pytest
 
 import ernie45
 from ernie45.cli import output
+from ernie45.engine import reference
+from ernie45.kernels import choice, native
+from ernie45.store.quantize import quantize
 
 Ernie = Callable[..., Any]
 GREEDY = ("--temperature", "0", "--max-tokens", "8")
@@ -184,6 +188,42 @@ def test_thinking_changes_the_prompt_where_the_template_has_it(ernie: Ernie, tin
         found = json.loads(ernie("chat", str(folder), "hi there", option, *GREEDY, "--json").out)
         rendered = tokenizer.render([{"role": "user", "content": "hi there"}], thinking=thinking)
         assert found["usage"]["prompt_tokens"] == len(tokenizer.encode(rendered))
+
+
+@pytest.mark.parametrize("model", ["tiny", "packed"])
+def test_kernels_are_chosen_for_the_command_alone(
+    ernie: Ernie, home: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    folder = home / "models" / model
+    if model == "packed":
+        quantize("tiny", "wint8", dst=folder)
+    seen: list[choice.KernelsInUse] = []
+
+    def generate(*arguments: Any) -> Any:
+        seen.append(choice.in_use())
+        return reference.generate(*arguments)
+
+    monkeypatch.setattr(ernie45, "generate", generate, raising=False)
+    with choice.kernels("reference"):
+        answer = expected(folder, [{"role": "user", "content": "the quick"}])
+    before = choice.describe()
+    if native.status().available:
+        assert ernie("chat", model, "the quick", *GREEDY, "--kernels", "native").code == 0
+        assert (seen[0].kernels, seen.pop().why) == ("native", "--kernels native")
+        module = importlib.import_module("ernie45.kernels._native")
+        for name in ("PackedMatrix", "KvStore", "Sequences", "ffn", "rms_norm", "attention", "rope_append", "route"):
+            monkeypatch.setattr(module, name, lambda *_: pytest.fail("a native kernel was called"))
+    found = ernie("chat", model, "the quick", *GREEDY, "--kernels", "reference", "--json")
+    assert (seen[0].kernels, seen[0].why) == ("reference", "--kernels reference")
+    assert json.loads(found.out)["ids"] == list(answer.ids)
+    assert choice.describe() == before, "the next command of this process chooses for itself"
+
+
+def test_native_kernels_that_are_missing_are_an_error(ernie: Ernie, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = native.NativeStatus(available=False, reason="no module", remedy="build it", features=(), cpu={}, build={})
+    monkeypatch.setattr(choice, "status", lambda: missing)
+    result = ernie("chat", "tiny", "the quick", "--kernels", "native")
+    assert (result.code, result.err) == (1, "error: native kernels were asked for: no module. build it\n")
 
 
 @pytest.mark.parametrize(
