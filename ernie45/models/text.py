@@ -69,7 +69,10 @@ class TextModel(nn.Module):
         super().__init__()
         self.config = config
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.embed_tokens = nn.Embedding(config.vocab_size, hidden, dtype=dtype)
+        # From an empty table: nn.Embedding's own draws normal numbers, which on the meta device imports torch's compiler (1.4 s).
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, hidden, dtype=dtype), freeze=False
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(hidden, eps, dtype)
         depths = range(config.num_nextn_predict_layers)

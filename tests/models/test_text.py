@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -285,3 +287,15 @@ def test_initialisation_is_reproducible_and_complete() -> None:
         assert torch.isfinite(tensor).all(), name
         assert torch.equal(tensor, second.state_dict()[name]), name
     assert not torch.equal(first.model.embed_tokens.weight, other.model.embed_tokens.weight)
+
+
+def test_building_without_memory_does_not_load_torchs_compiler() -> None:
+    """Importing torch._dynamo takes longer than all else that `ernie show` does; an initialiser on the meta device does it."""
+    program = (
+        "import sys, ernie45; from ernie45.models.build import build_model; "
+        "build_model(ernie45.ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, "
+        "num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_nextn_predict_layers=1), device='meta'); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n", run.stderr
