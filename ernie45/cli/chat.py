@@ -16,11 +16,12 @@ from typing import Any
 import ernie45
 from ernie45.cli.conversation import Conversation, limited
 from ernie45.cli.output import ProgressBar, note, print_json, shown
-from ernie45.engine.reference import Piece, Prompt, prompt_ids
+from ernie45.engine.reference import Piece, Prompt, prompt_ids, room_for_answer
 from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
 from ernie45.kernels.choice import kernels
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
+from ernie45.store.api import load_config
 from ernie45.store.location import DEFAULT_MODEL, resolve
 
 # What generation_config.json may preset, by our names.
@@ -43,9 +44,11 @@ def _run(options: argparse.Namespace) -> int:
     _check(options, prompt)
     sampling = _sampling(path, options)
     tokenizer = ernie45.load_tokenizer(path)
-    # Encoding before loading: a prompt that cannot be expressed fails at once, not after minutes of reading weights.
+    # Encoding before loading: a prompt that cannot be expressed or does not fit fails at once, not after minutes of
+    # reading weights.
     first = prompt if prompt is not None and options.raw else _messages(options.system, prompt or "?")
     ids = _encode(tokenizer, first, options.thinking)
+    room_for_answer(len(ids), sampling.max_tokens, load_config(path).max_position_embeddings)
     model = _load(path, options)
     if prompt is None:
         return Conversation(model, tokenizer, sampling, options.system, options.thinking).run()

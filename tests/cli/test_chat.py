@@ -268,10 +268,28 @@ def test_what_is_no_prompt(ernie: Ernie, argv: list[str], stdin: str, message: s
     assert message in result.err
 
 
-def test_a_prompt_that_is_too_long_names_both_lengths(ernie: Ernie) -> None:
-    result = ernie("chat", "tiny", stdin="lazy dog " * 500)
-    assert result.code == 1
-    assert "the model's context holds 256" in result.err
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ([], "holds 256: shorten the prompt to 255 tokens or fewer"),
+        (["--max-tokens", "7"], "holds 256: shorten the prompt to 255 tokens or fewer"),
+        (["--max-tokens", "256", "--raw"], "holds 256: shorten the prompt, or lower max_tokens to 2"),
+    ],
+)
+@pytest.mark.parametrize("form", ["tiny", "tiny.gguf", "folder"])
+def test_what_does_not_fit_is_refused_before_the_weights_are_read(
+    ernie: Ernie, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str, options: list[str], remedy: str
+) -> None:
+    if form != "tiny":
+        (tmp_path / "folder").mkdir()
+        ernie("convert", "tiny", "folder/tiny.gguf", "--to", "gguf")
+        shutil.copy(tmp_path / "folder" / "tiny.gguf", tmp_path)
+    monkeypatch.setattr("ernie45.checkpoint.load.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    result = ernie("chat", form, *options, stdin="brown fox" if "--raw" in options else "lazy dog " * 500)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: prompt has ")
+    assert remedy in result.err
+    assert "None" not in result.err
     assert result.err.count("\n") == 1
 
 
