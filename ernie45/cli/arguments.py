@@ -79,6 +79,12 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     thinking.add_argument("--no-think", dest="thinking", action="store_false", help="answer without thinking")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without chat template")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype to compute in (auto: the file's)")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="dtype of the cached keys and values (auto: bfloat16 with packed weights, else the dtype computed in)",
+    )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device, such as cpu or cuda")
     _kernels(parser)
     parser.add_argument("--json", action="store_true", help="print the whole answer with ids, seed and usage as JSON")

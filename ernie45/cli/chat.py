@@ -19,6 +19,7 @@ from ernie45.cli.output import ProgressBar, note, print_json, shown
 from ernie45.engine.reference import Piece, Prompt, prompt_ids, room_for_answer
 from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
 from ernie45.kernels.choice import kernels
+from ernie45.models.build import parse_dtype
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
 from ernie45.store.api import load_config
@@ -133,6 +134,8 @@ def _load(path: Path, options: argparse.Namespace) -> CausalLM:
     start = time.monotonic()
     with ProgressBar() as bar:
         model = ernie45.load_model(path, options.dtype, options.device, progress=bar.stage("loading"))
+    if options.kv_dtype != "auto":
+        model.kv_dtype = parse_dtype(options.kv_dtype)
     if sys.stderr.isatty():
         note(f"{path.name}: loaded in {time.monotonic() - start:.1f} s as {str(model.dtype).removeprefix('torch.')}")
     return model

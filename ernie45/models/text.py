@@ -158,7 +158,7 @@ class CausalLM(nn.Module):
     """A language model: the decoder and its head. The head is a call of its own, so logits exist only where needed."""
 
     kv_dtype: torch.dtype | None = None
-    """Dtype of caches; None = that of the activations. Kernel leaves take float32 and bfloat16 whatever these are."""
+    """Dtype of new caches, float32 or bfloat16 whatever the activations are; None = that of the activations."""
     load_account: Any = None
     """What became of every tensor of the file that the weights came from: a `checkpoint.source.LoadAccount`."""
 

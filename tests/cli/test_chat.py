@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ernie45
 from ernie45.cli import output
 from ernie45.engine import reference
 from ernie45.kernels import choice, native
+from ernie45.models.text import CausalLM
 from ernie45.store.quantize import quantize
 
 Ernie = Callable[..., Any]
@@ -217,6 +219,34 @@ def test_kernels_are_chosen_for_the_command_alone(
     assert (seen[0].kernels, seen[0].why) == ("reference", "--kernels reference")
     assert json.loads(found.out)["ids"] == list(answer.ids)
     assert choice.describe() == before, "the next command of this process chooses for itself"
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "stored"),
+    [
+        ("tiny", [], torch.float32),
+        ("tiny", ["--kv-dtype", "bfloat16"], torch.bfloat16),
+        ("tiny", ["--kv-dtype", "auto", "--dtype", "bfloat16"], torch.bfloat16),
+        ("packed", [], torch.bfloat16),
+        ("packed", ["--kv-dtype", "float32"], torch.float32),
+    ],
+)
+def test_keys_and_values_are_kept_in_the_dtype_asked_for(
+    ernie: Ernie, home: Path, monkeypatch: pytest.MonkeyPatch, model: str, option: list[str], stored: torch.dtype
+) -> None:
+    if model == "packed":
+        quantize("tiny", "wint8", dst=home / "models" / model)
+    seen: list[torch.dtype] = []
+    new_cache = CausalLM.new_cache
+
+    def spy(network: CausalLM, capacity: int) -> Any:
+        cache = new_cache(network, capacity)
+        seen.append(cache.dtype)
+        return cache
+
+    monkeypatch.setattr(CausalLM, "new_cache", spy)
+    assert ernie("chat", model, "the quick", *GREEDY, *option).code == 0
+    assert seen == [stored]
 
 
 def test_native_kernels_that_are_missing_are_an_error(ernie: Ernie, monkeypatch: pytest.MonkeyPatch) -> None:
