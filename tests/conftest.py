@@ -85,6 +85,22 @@ def small_model() -> Callable[..., CausalLM]:
     return build
 
 
+@pytest.fixture
+def check_png() -> Callable[[Path], tuple[int, int]]:
+    """Gives width and height of a PNG that somebody could look at: of a sensible size, and not one colour all over."""
+
+    def check(path: Path) -> tuple[int, int]:
+        data = path.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+        assert 600 <= width <= 2000
+        assert 200 <= height <= 2000
+        assert len(data) > width * height / 100, "an empty picture compresses to less"
+        return width, height
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def train_byte_level(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Writes a folder with a byte-level BPE of 320 tokens: `train_byte_level(sentences, special=[...], bos="<s>")`."""
