@@ -99,19 +99,12 @@ def chunks_of(tokenizer: Encoder, text: str, *, tokens: int = CHUNK_TOKENS, limi
     return torch.tensor(ids[: num_chunks * tokens], dtype=torch.int64).view(num_chunks, tokens)
 
 
-def compare(
-    reference: CausalLM, model: CausalLM, tokenizer: Encoder, text: str, *, limit: int | None = None
-) -> Quality:
-    """Measure a model against the one it was made from on a text, in plain chunks of 512 tokens.
-
-    Args: limit: most chunks to use. Raises: RequestError for a short text; ShapeError for other vocabularies.
-    """
-    return compare_chunks(reference, model, chunks_of(tokenizer, text, limit=limit))
-
-
 @torch.inference_mode()
-def compare_chunks(reference: CausalLM, model: CausalLM, chunks_CT: Tensor) -> Quality:
-    """`compare` on token ids, int64 (C, T), with at least two tokens per chunk."""
+def compare(reference: CausalLM, model: CausalLM, chunks_CT: Tensor) -> Quality:
+    """Measure a model against the one it was made from on chunks of a text, int64 (C, T) with T from 2 on.
+
+    Raises: ShapeError for other chunks, or models with different vocabularies.
+    """
     if reference.config.vocab_size != model.config.vocab_size:
         raise ShapeError(f"vocabularies of {reference.config.vocab_size} and {model.config.vocab_size} tokens differ")
     if chunks_CT.ndim != 2 or chunks_CT.shape[1] < 2 or not len(chunks_CT):

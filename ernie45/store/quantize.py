@@ -13,7 +13,7 @@ from ernie45.checkpoint.load import load_model
 from ernie45.checkpoint.source import open_source
 from ernie45.errors import CapacityError, NotFoundError, RequestError
 from ernie45.quant.calibration import Calibration
-from ernie45.quant.quality import Quality, chunks_of, compare_chunks
+from ernie45.quant.quality import Quality, chunks_of, compare
 from ernie45.quant.quantize import QuantizationReport, quantize_checkpoint
 from ernie45.quant.scheme import make_scheme
 from ernie45.store.api import load_tokenizer
@@ -102,7 +102,7 @@ def _measure(model: Path, target: Path, chunks_CT: Tensor) -> Quality:
         reference = load_model(model)
     except CapacityError as error:
         raise CapacityError(f"{target} is finished, but the comparison needs the float32 model: {error}") from error
-    quality = compare_chunks(reference, load_model(target), chunks_CT)
+    quality = compare(reference, load_model(target), chunks_CT)
     quality.save_json(target / QUALITY_NAME)
     quality.save_plot(target / PLOT_NAME)
     return quality

@@ -19,7 +19,7 @@ from ernie45.cli.main import main
 from ernie45.errors import RequestError, ShapeError
 from ernie45.models.build import build_model
 from ernie45.quant.calibration import Calibration
-from ernie45.quant.quality import Quality, chunks_of, compare, compare_chunks
+from ernie45.quant.quality import Quality, chunks_of, compare
 from ernie45.quant.smoothing import smooth
 from ernie45.store.location import model_path
 
@@ -59,13 +59,13 @@ def test_figures_by_hand(checkpoint: Callable[..., Path]) -> None:
     """A model against itself, and against one whose head is shifted: the definitions, spelled out."""
     folder = checkpoint(tie_word_embeddings=False)
     reference, model = load_model(folder), load_model(folder)
-    same = compare(reference, model, _Letters(), TEXT)
+    same = compare(reference, model, chunks_of(_Letters(), TEXT))
     assert (same.perplexity_change, same.kl_mean, same.same_best_token) == (0, 0, 1)
     assert (same.chunk_tokens, same.tokens) == (512, 511 * (len(TEXT) // 512))
     with torch.no_grad():
         model.get_parameter("lm_head.weight").mul_(1.5)
     chunks = chunks_of(_Letters(), TEXT, tokens=10, limit=3)
-    found = compare_chunks(reference, model, chunks)
+    found = compare(reference, model, chunks)
     with torch.inference_mode():
         p, q = (m(chunks)[:, :-1].double().log_softmax(-1) for m in (reference, model))
     nll = -q.gather(2, chunks[:, 1:, None]).mean()
@@ -79,11 +79,11 @@ def test_figures_by_hand(checkpoint: Callable[..., Path]) -> None:
 def test_what_cannot_be_compared(checkpoint: Callable[..., Path]) -> None:
     model = load_model(checkpoint())
     with pytest.raises(RequestError, match="3 tokens"):
-        compare(model, model, _Letters(), "abc")
+        chunks_of(_Letters(), "abc")
     with pytest.raises(ShapeError, match="vocabularies"):
-        compare_chunks(model, load_model(checkpoint(name="b", vocab_size=90)), torch.zeros(1, 5, dtype=torch.int64))
+        compare(model, load_model(checkpoint(name="b", vocab_size=90)), torch.zeros(1, 5, dtype=torch.int64))
     with pytest.raises(ShapeError, match="expected"):
-        compare_chunks(model, model, torch.zeros(3, 1, dtype=torch.int64))
+        compare(model, model, torch.zeros(3, 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("positions", [1, 39, 511])
