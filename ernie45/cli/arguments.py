@@ -42,6 +42,14 @@ def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print data as JSON")
 
 
+def _kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kernels",
+        choices=("native", "reference"),
+        help="reference runs everything in plain PyTorch (default: native where it is installed)",
+    )
+
+
 def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="name, folder or .gguf file (default: smollm2-135m)")
     parser.add_argument(
@@ -71,7 +79,14 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     thinking.add_argument("--no-think", dest="thinking", action="store_false", help="answer without thinking")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without chat template")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype to compute in (auto: the file's)")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="dtype of the cached keys and values (auto: bfloat16 with packed weights, else the dtype computed in)",
+    )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device, such as cpu or cuda")
+    _kernels(parser)
     parser.add_argument("--json", action="store_true", help="print the whole answer with ids, seed and usage as JSON")
 
 
@@ -162,7 +177,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements per figure (default 3)")
     parser.add_argument("--peer", choices=("llama.cpp", "transformers"), help="measure this program as well")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype to compute in (auto: the file's)")
-    parser.add_argument("--kernels", choices=("native", "reference"), help="force the kernels")
+    _kernels(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture, .png or .svg")
     _json(parser)
 

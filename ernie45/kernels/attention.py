@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ShapeError
+from ernie45.kernels.check import check_tensor
 from ernie45.kernels.choice import native
 
 MAX_HEAD_DIM = 256
@@ -84,7 +85,7 @@ class Sequences:
             ("lengths", self.lengths_B, count),
             ("pages", self.pages_BP, (*count, self.pages_BP.shape[-1])),
         ):
-            _check_tensor("Sequences", name, tensor, shape, torch.int32)
+            check_tensor("Sequences", name, tensor, shape, torch.int32)
         if bool((self.fresh_B < 0).any()) or bool((self.fresh_B > self.lengths_B).any()):
             raise ShapeError(
                 f"[Sequences] expected new tokens between 0 and the length, got {self.fresh_B.tolist()} of {self.lengths_B.tolist()}"
@@ -114,8 +115,8 @@ def rope_append(qkv: Tensor, rotation_TJ: Tensor, num_heads: int, store: KvPages
     """
     num_groups, dim = store.keys_PGWD.shape[1], store.keys_PGWD.shape[3]
     num_tokens = sequences.num_tokens
-    _check_tensor("rope_append", "qkv", qkv, (num_tokens, (num_heads + 2 * num_groups) * dim), torch.float32)
-    _check_tensor("rope_append", "rotation", rotation_TJ, (num_tokens, dim // 2), torch.complex64)
+    check_tensor("rope_append", "qkv", qkv, (num_tokens, (num_heads + 2 * num_groups) * dim))
+    check_tensor("rope_append", "rotation", rotation_TJ, (num_tokens, dim // 2), torch.complex64)
     extension = native()
     if extension is None:
         return rope_append_reference(qkv, rotation_TJ, num_heads, store, sequences)
@@ -163,7 +164,7 @@ def attention(q_TND: Tensor, store: KvPages, sequences: Sequences, scale: float)
     """
     num_groups, dim = store.keys_PGWD.shape[1], store.keys_PGWD.shape[3]
     num_heads = q_TND.shape[1] if q_TND.ndim == 3 else 0
-    _check_tensor("attention", "q", q_TND, (sequences.num_tokens, num_heads, dim), torch.float32)
+    check_tensor("attention", "q", q_TND, (sequences.num_tokens, num_heads, dim))
     if num_heads == 0 or num_heads % num_groups:
         raise ShapeError(
             f"[attention] expected query heads in equal groups over {num_groups} key heads, got {num_heads}"
@@ -245,14 +246,5 @@ def _check_store(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtyp
     if not fits or tensor.stride()[-len(strides) :] != strides:
         raise ShapeError(
             f"[KvPages] {name}: expected {dtype} of shape {tuple(shape)} on the CPU, its last strides {strides}, got "
-            f"{tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-        )
-
-
-def _check_tensor(operation: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    fits = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.device.type == "cpu"
-    if not fits or not tensor.is_contiguous():
-        raise ShapeError(
-            f"[{operation}] {name}: expected a contiguous {dtype} tensor of shape {shape} on the CPU, got "
             f"{tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
         )
