@@ -82,7 +82,7 @@ def test_scheme_and_group_size_matter(checkpoint: Callable[..., Path], tmp_path:
     folder = checkpoint(moe=True, hidden_size=192, num_hidden_layers=2)
     errors = {}
     groups = {"wint8": (None, 0), "wint4": (None, 32), "wint4-all": (None, 64, 128)}
-    for scheme, group in ((scheme, group) for scheme in groups for group in groups[scheme]):
+    for scheme, group in ((name, group) for name in groups for group in groups[name]):
         report = quantize_checkpoint(folder, tmp_path / "out", scheme, group_size=group, overwrite=True)
         errors[scheme, group] = {name: facts["relative_error"] for name, facts in report.tensors.items()}
     attention, experts = "model.layers.1.self_attn.qkv_proj.weight", "model.layers.1.mlp.experts.up_gate_proj"
