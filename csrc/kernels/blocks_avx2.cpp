@@ -19,6 +19,10 @@ __m256i word(const std::uint8_t* x) {
     return _mm256_set1_epi32(bits);
 }
 
+// Keeps the compiler from turning a running sum into a tree of temporaries: there are not enough registers for that, and spilling
+// them took most of the time.
+void settle(__m256i& sum) { asm("" : "+x"(sum)); }
+
 // Adds one group's integer sums of 8 rows to the float sums of one token.
 void add(float* y, __m256i sum, __m256 scale) {
     _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(y)));
@@ -47,7 +51,9 @@ void half4(const std::uint8_t* group, const std::uint8_t* values, std::size_t gr
         for (std::size_t t = 0; t < Tokens; ++t) {
             const std::uint8_t* at = values + t * groups * kGroup + 8 * v;
             narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(low, word(at)));
+            settle(narrow[t]);
             narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(high, word(at + 4)));
+            settle(narrow[t]);
         }
     }
     for (std::size_t t = 0; t < Tokens; ++t) sums[t] = _mm256_madd_epi16(narrow[t], ones);
@@ -91,6 +97,7 @@ void group8(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size
             const __m256i values = word(x.values + (t * groups + g) * kGroup + 4 * v);
             const __m256i products = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(values, signed_weights));
             wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(products, ones));
+            settle(wide[t]);
         }
     }
     for (std::size_t t = 0; t < Tokens; ++t) {
@@ -109,6 +116,8 @@ void multiply_wide(__m256i sums[Tokens][2], __m256i signed_weights, const std::u
         const __m256i four = _mm256_set1_epi64x(bits);
         sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(first, four));
         sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(second, four));
+        settle(sums[t][0]);
+        settle(sums[t][1]);
     }
 }
 
@@ -155,6 +164,9 @@ void minima_wide(const std::uint8_t* group, const std::uint16_t* sets, const Rou
     }
 }
 
+// How far ahead weights are asked for, see blocks_avx512.cpp.
+constexpr std::size_t kAhead = 3072;  // bytes
+
 enum class Grid { kSymmetric4, kSymmetric8, kMinima4 };
 
 template <Grid kGrid, bool Wide, std::size_t Tokens>
@@ -163,6 +175,9 @@ void tile(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t 
     constexpr int kBits = kGrid == Grid::kSymmetric8 ? 8 : 4;
     std::memset(out, 0, Tokens * kRows * sizeof(float));
     for (std::size_t g = 0; g < groups; ++g) {
+        for (std::size_t line = 0; line < kRows * kGroup * kBits / 8; line += 64) {
+            _mm_prefetch(reinterpret_cast<const char*>(weights + g * kRows * kGroup * kBits / 8 + line + kAhead), _MM_HINT_T1);
+        }
         for (std::size_t rows = 0; rows < kRows; rows += 8) {
             const std::uint8_t* group = weights + g * kRows * kGroup * kBits / 8 + 4 * rows;
             float* y = out + rows;

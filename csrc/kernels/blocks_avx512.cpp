@@ -13,7 +13,9 @@
 namespace ernie45 {
 namespace {
 
-constexpr std::size_t kAhead = 4096;  // bytes
+// How far ahead weights are asked for. The hardware's prefetcher stops at page borders, and mapped files have small pages. Into the
+// second-level cache: asking for the first would hold up its few outstanding misses (measured: 20.8 GB/s with T0, 26.6 with T1).
+constexpr std::size_t kAhead = 3072;  // bytes
 
 __m512i word(const std::uint8_t* x) {
     std::int32_t bits;
@@ -64,8 +66,7 @@ void tile(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t 
                 sums.begin(t, kMinima ? 0 : -(kNibbles ? kOffset4 : kOffset8) * (halves[0] + halves[1]));
             }
             for (std::size_t v = part * kVectors; v < (part + 1) * kVectors; ++v) {
-                // The hardware's prefetcher stops at page borders; mapped files have small pages.
-                _mm_prefetch(reinterpret_cast<const char*>(group + 64 * v + kAhead), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(group + 64 * v + kAhead), _MM_HINT_T1);
                 const __m512i packed = _mm512_loadu_si512(group + 64 * v);
                 if (kNibbles) {
                     sums.add(_mm512_and_si512(packed, mask), values + 8 * v, stride);
