@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/array.hpp"
 #include "kernels/isa.hpp"
 #include "kernels/packed_ops.hpp"
 #include "kernels/thread_pool.hpp"
@@ -22,11 +23,11 @@ namespace {
 
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 using Halves = nb::ndarray<const std::uint16_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
-using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
-using Output = nb::ndarray<float, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
-using Vector = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
-using Ids = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
-using Tokens = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using Matrix = Array<const float, 2>;
+using Output = Array<float, 2>;
+using Vector = Array<const float, 1>;
+using Ids = Array<const std::int64_t, 1>;
+using Tokens = Array<const std::int32_t, 1>;
 
 [[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
 

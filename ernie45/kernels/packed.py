@@ -179,15 +179,15 @@ def linear(
     Args: x_TK, bias_N, residual_TN: float32, contiguous, on the CPU. Returns: float32 (T, N).
     Raises: ShapeError for other shapes, dtypes, devices or strides.
     """
-    _check("linear", x_TK, (None, matrix.columns))
-    if residual_TN is not None:
-        _check("linear", residual_TN, (x_TK.shape[0], matrix.rows))
-    if bias_N is not None:
-        _check("linear", bias_N[None], (1, matrix.rows))
     if native() is None:
+        _check_linear(x_TK, matrix, bias_N, residual_TN)
         return linear_reference(x_TK, matrix, bias_N, residual_TN)
-    y = torch.empty(x_TK.shape[0], matrix.rows)
-    matrix.native.linear(x_TK, y, bias_N, residual_TN)
+    try:
+        y = torch.empty(len(x_TK), matrix.rows)
+        matrix.native.linear(x_TK, y, bias_N, residual_TN)
+    except (TypeError, ValueError) as error:  # the native module checks by itself; here is said what was wrong
+        _check_linear(x_TK, matrix, bias_N, residual_TN)
+        raise ShapeError(str(error)) from error
     return y
 
 
@@ -281,14 +281,15 @@ def ffn(
             float32, the tokens and their weights, unit after unit. Each token's sum runs over the units in order.
     Returns: float32 (T, H). Raises: ShapeError for other shapes, dtypes or strides.
     """
-    _check("ffn", x_TH, (None, None))
     extension = native()
     if extension is None:
+        _check("ffn", x_TH, (None, None))
         return ffn_reference(x_TH, units, counts, tokens, weights, residual_TH)
     y = torch.empty_like(x_TH)
     try:
         extension.ffn([unit.native for unit in units], x_TH, y, tokens, weights, list(counts), residual_TH)
     except (TypeError, ValueError) as error:  # nanobind refuses a wrong dtype or stride as a TypeError
+        _check("ffn", x_TH, (None, None))
         raise ShapeError(f"[ffn] {str(error).removeprefix('[ffn] ')}") from error
     return y
 
@@ -315,6 +316,14 @@ def ffn_reference(
         inner = (F.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1)[:, : unit.down.columns]
         y.index_add_(0, chosen, linear_reference(inner, unit.down) * weight[:, None])
     return y
+
+
+def _check_linear(x_TK: Tensor, matrix: PackedMatrix, bias_N: Tensor | None, residual_TN: Tensor | None) -> None:
+    _check("linear", x_TK, (None, matrix.columns))
+    if residual_TN is not None:
+        _check("linear", residual_TN, (x_TK.shape[0], matrix.rows))
+    if bias_N is not None:
+        _check("linear", bias_N[None], (1, matrix.rows))
 
 
 def _check(operation: str, tensor: Tensor, shape: tuple[int | None, int | None]) -> None:

@@ -167,6 +167,26 @@ def test_results_do_not_depend_on_neighbours(packed: Callable[..., Path]) -> Non
     torch.testing.assert_close(together[12:], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(not status().available, reason=status().reason)
+@torch.inference_mode()
+def test_steps_of_several_caches_are_the_steps_of_each_to_the_bit(packed: Callable[..., Path]) -> None:
+    with kernels("native"):
+        model = load_model(packed("wint4", moe=True))
+        prompts = [torch.randint(101, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 70, 1)]
+        together, alone = ([model.new_cache(1) for _ in prompts] for _ in range(2))
+        for count in (70, 1, 2):
+            tokens = [prompt[:count] for prompt in prompts]
+            view = AttentionView(lengths=tuple(len(ids) for ids in tokens), caches=tuple(together))
+            hidden = model.hidden(torch.cat(tokens), view)
+            logits = model.logits(hidden)
+            for part, rows, ids, cache in zip(
+                hidden.split(view.lengths), logits.split(view.lengths), tokens, alone, strict=True
+            ):
+                one = model.hidden(ids, AttentionView(lengths=(len(ids),), caches=(cache,)))
+                assert torch.equal(part, one)
+                assert torch.equal(rows, model.logits(one))
+
+
 def test_shared_experts_ride_along_and_pools_keep_apart(packed: Callable[..., Path]) -> None:
     model = load_model(packed("wint4", moe=True))
     block = model.get_submodule("model.layers.1.mlp")
