@@ -270,8 +270,8 @@ void bind_attention(nb::module_& m) {
              nb::sig("def __init__(self, keys: Tensor, values: Tensor, key_scales: Tensor | None = None, "
                      "value_scales: Tensor | None = None) -> None"));
     nb::class_<BoundSequences>(m, "Sequences", "New tokens, lengths and pages of a step's sequences; copies its arrays.")
-        .def(nb::init<const Array<const std::int32_t, 1>&, const Array<const std::int32_t, 1>&, const Array<const std::int32_t, 2>&>(), nb::arg("fresh"),
-             nb::arg("lengths"), nb::arg("pages"),
+        .def(nb::init<const Array<const std::int32_t, 1>&, const Array<const std::int32_t, 1>&, const Array<const std::int32_t, 2>&>(),
+             nb::arg("fresh"), nb::arg("lengths"), nb::arg("pages"),
              nb::sig("def __init__(self, fresh: Tensor, lengths: Tensor, pages: Tensor) -> None"));
     m.def("attention", &bound_attention, nb::arg("q"), nb::arg("out"), nb::arg("stores"), nb::arg("sequences"), nb::arg("scale"),
           nb::sig("def attention(q: Tensor, out: Tensor, stores: Sequence[KvStore], sequences: Sequences, scale: float) -> None"),

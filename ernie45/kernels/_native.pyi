@@ -21,6 +21,12 @@ class PackedMatrix:
 class Ffn:
     def __init__(self, gate_up: PackedMatrix, down: PackedMatrix) -> None: ...
 
+class FfnPool:
+    def __init__(self, units: Sequence[Ffn], shared: Ffn | None) -> None: ...
+    def run(
+        self, x: Tensor, y: Tensor, counts: Tensor, tokens: Tensor, weights: Tensor, residual: Tensor | None
+    ) -> None: ...
+
 def ffn(
     units: Sequence[Ffn],
     x: Tensor,

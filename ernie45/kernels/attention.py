@@ -77,7 +77,7 @@ class Sequences:
     """int32: the page of a sequence's first W tokens, of the next W, ..; entries behind its last page are not looked at."""
 
     def __post_init__(self) -> None:
-        count = (len(self.fresh_B),)
+        count = (self.fresh_B.shape[0],) if self.fresh_B.ndim else (1,)
         for name, tensor, shape in (
             ("fresh", self.fresh_B, count),
             ("lengths", self.lengths_B, count),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ernie45.config.model import ModelConfig
 from ernie45.layers.cache import AttentionView
+from ernie45.layers.linear import Linear
 from ernie45.layers.rope import apply_rotary
 
 
@@ -87,9 +88,15 @@ class Attention(nn.Module):
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width + 2 * kv_width, bias=config.use_bias, dtype=dtype)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias, dtype=dtype)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.use_bias, dtype=dtype)
         self.core = AttentionCore(config, layer_idx)
 
-    def forward(self, hidden_TH: Tensor, rotation_TJ: Tensor, view: AttentionView) -> Tensor:
-        """Args: rotation_TJ: complex rotation of each token, from `rotary_rotation`. Returns (T, H)."""
-        return self.o_proj(self.core(self.qkv_proj(hidden_TH), rotation_TJ, view))
+    def forward(
+        self, hidden_TH: Tensor, rotation_TJ: Tensor, view: AttentionView, residual_TH: Tensor | None = None
+    ) -> Tensor:
+        """Args: rotation_TJ: complex rotation of each token, from `rotary_rotation`. residual_TH: added to the result.
+        Returns (T, H).
+        """
+        attended_TX = self.core(self.qkv_proj(hidden_TH), rotation_TJ, view)
+        out: Tensor = self.o_proj(attended_TX, residual_TH=residual_TH)
+        return out

@@ -133,6 +133,8 @@ class AttentionView:
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Text positions of the step's tokens, int64 (T,): every sequence counts on from its cache."""
         starts = [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
+        if max(self.lengths) == 1:  # decoding: one tensor instead of one per sequence
+            return torch.tensor(starts, device=device)
         ranges = [torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
         return torch.cat(ranges).to(device)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ernie45.kernels import attention, norm, router
 from ernie45.kernels.attention import KvPages
+from ernie45.kernels.router import Routing
 from ernie45.layers.attention import AttentionCore
 from ernie45.layers.cache import AttentionView
 from ernie45.layers.moe import Router
@@ -40,10 +41,9 @@ class KernelRouter(nn.Module):
         self.weight = plain.weight
         self.register_buffer("e_score_correction_bias", plain.e_score_correction_bias)
 
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns: weights, float32 (T, K); expert ids, int64 (T, K)."""
-        routing = router.route(x_TH, self.weight, self.e_score_correction_bias, self.num_active, self.norm_min)
-        return routing.weights_TK, routing.ids_TK.long()
+    def forward(self, x_TH: Tensor) -> Routing:
+        """Choose experts for every token."""
+        return router.route(x_TH, self.weight, self.e_score_correction_bias, self.num_active, self.norm_min)
 
 
 class KernelAttentionCore(nn.Module):
