@@ -9,6 +9,8 @@ as it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,6 +99,7 @@ class Attention(nn.Module):
         """Args: rotation_TJ: complex rotation of each token, from `rotary_rotation`. residual_TH: added to the result.
         Returns (T, H).
         """
-        attended_TX = self.core(self.qkv_proj(hidden_TH), rotation_TJ, view)
-        out: Tensor = self.o_proj(attended_TX, residual_TH=residual_TH)
+        part: dict[str, Any] = self._modules  # why: see DecoderLayer
+        attended_TX = part["core"](part["qkv_proj"](hidden_TH), rotation_TJ, view)
+        out: Tensor = part["o_proj"](attended_TX, residual_TH=residual_TH)
         return out

@@ -6,6 +6,8 @@ Source: architecture reference 2.5 (routing), 3.6 (text and vision pools).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,13 +116,15 @@ class MoeBlock(nn.Module):
         """Args: vision_mask_T: bool, True for tokens of the vision pool; None: all are text. residual_TH: added to the
         result. Returns (T, H).
         """
+        part: dict[str, Any] = self._modules  # why: see DecoderLayer
+        gate, experts, shared_experts = part["gate"], part["experts"], part.get("shared_experts")
         out: Tensor
-        if vision_mask_T is None and self.shared_experts is None:
-            out = self.experts(x_TH, self.gate(x_TH), residual_TH=residual_TH)
+        if vision_mask_T is None and shared_experts is None:
+            out = experts(x_TH, gate(x_TH), residual_TH=residual_TH)
             return out
-        out = self.experts(x_TH, self.gate(x_TH)) if vision_mask_T is None else self._two_pools(x_TH, vision_mask_T)
-        if self.shared_experts is not None:
-            out = self.shared_experts(x_TH, residual_TH=out)
+        out = experts(x_TH, gate(x_TH)) if vision_mask_T is None else self._two_pools(x_TH, vision_mask_T)
+        if shared_experts is not None:
+            out = shared_experts(x_TH, residual_TH=out)
         # Last, so that a narrow dtype rounds the block's own sum before it meets the larger residual, as published.
         return add_residual(out, residual_TH)
 
