@@ -1,4 +1,5 @@
-"""Fixtures that several folders share: small networks, ours and transformers', with every parameter random.
+"""Fixtures that several folders share: small networks, ours and transformers', with every parameter random, and a
+vocabulary trained on the spot.
 
 A fresh transformers ERNIE MoE has an all-zero router, so that every expert ties: `randomise` gives router and
 correction bias values, without which no routing test proves anything.
@@ -6,7 +7,9 @@ correction bias values, without which no routing test proves anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,3 +83,43 @@ def small_model() -> Callable[..., CausalLM]:
         return model.eval()
 
     return build
+
+
+@pytest.fixture
+def check_png() -> Callable[[Path], tuple[int, int]]:
+    """Gives width and height of a PNG that somebody could look at: of a sensible size, and not one colour all over."""
+
+    def check(path: Path) -> tuple[int, int]:
+        data = path.read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+        assert 600 <= width <= 2000
+        assert 200 <= height <= 2000
+        assert len(data) > width * height / 100, "an empty picture compresses to less"
+        return width, height
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def train_byte_level(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a folder with a byte-level BPE of 320 tokens: `train_byte_level(sentences, special=[...], bos="<s>")`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    def train(sentences: Sequence[str], *, special: Sequence[str], bos: str) -> Path:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=list(special),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(sentences, trainer)
+        folder = tmp_path_factory.mktemp("byte_level")
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": bos, "eos_token": "</s>"}))
+        return folder
+
+    return train

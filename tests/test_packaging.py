@@ -110,6 +110,13 @@ def test_every_source_file_is_in_a_package() -> None:
     assert [folder for folder in sorted(folders) if not (folder / "__init__.py").exists()] == []
 
 
+def test_nothing_is_left_unimplemented() -> None:
+    # What a class cannot do, its interface must not promise; catching the error of others is fine.
+    raised = re.compile(r"raise NotImplementedError|return NotImplemented")
+    files = sorted((ROOT / "ernie45").rglob("*.py"))
+    assert [file.name for file in files if raised.search(file.read_text(encoding="utf-8"))] == []
+
+
 def test_versions_agree() -> None:
     assert ernie45.__version__ == declared_version()
     assert installed().version == declared_version()

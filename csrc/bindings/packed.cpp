@@ -42,21 +42,27 @@ struct PackedMatrix {
     Bytes weights;
     Halves scales;
 
-    PackedMatrix(Bytes weight_bytes, Halves scale_values, std::size_t rows, std::size_t columns, int bits, std::size_t group)
+    PackedMatrix(Bytes weight_bytes, Halves scale_values, std::size_t rows, std::size_t columns, int bits, std::size_t group,
+                 int activation_bits)
         : weights(std::move(weight_bytes)), scales(std::move(scale_values)) {
         if (bits != 4 && bits != 8) refuse("[PackedMatrix] expected 4 or 8 bits, got " + std::to_string(bits));
-        if (rows == 0 || columns == 0 || group == 0 || group % kGroup != 0) {
-            refuse("[PackedMatrix] expected rows and columns and a group that is a multiple of 64, got " + shape(rows, columns) +
-                   " with group " + std::to_string(group));
+        if (activation_bits != 8 && activation_bits != 16) {
+            refuse("[PackedMatrix] expected activations of 8 or 16 bits, got " + std::to_string(activation_bits));
+        }
+        view.minima = bits == 4 && group == kHalf;
+        if (rows == 0 || columns == 0 || group == 0 || (group % kGroup != 0 && !view.minima)) {
+            refuse("[PackedMatrix] expected rows and columns and a group that is a multiple of 64, or 32 with 4 bits, got " +
+                   shape(rows, columns) + " with group " + std::to_string(group));
         }
         view.rows = rows;
         view.columns = columns;
         view.bits = bits;
-        view.groups_per_scale = group / kGroup;
+        view.wide = activation_bits == 16;
+        view.groups_per_scale = view.minima ? 1 : group / kGroup;
         view.weights = weights.data();
         view.scales = scales.data();
         const std::size_t bytes = view.blocks() * view.groups() * view.group_bytes();
-        const std::size_t halves = view.blocks() * view.scale_sets() * kRows;
+        const std::size_t halves = view.blocks() * view.scale_sets() * view.set_size();
         if (weights.shape(0) != bytes || scales.shape(0) != halves) {
             refuse("[PackedMatrix] " + shape(rows, columns) + " in " + std::to_string(bits) + " bits, group " +
                    std::to_string(group) + ": expected " + std::to_string(bytes) + " bytes and " + std::to_string(halves) +
@@ -241,9 +247,10 @@ void choose_threads(int count) {
 
 void bind_packed(nb::module_& m) {
     nb::class_<PackedMatrix>(m, "PackedMatrix", "A matrix of 8- or 4-bit weights in kernel layout; keeps its arrays alive.")
-        .def(nb::init<Bytes, Halves, std::size_t, std::size_t, int, std::size_t>(), nb::arg("weights"), nb::arg("scales"),
-             nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("group"),
-             nb::sig("def __init__(self, weights: Tensor, scales: Tensor, rows: int, columns: int, bits: int, group: int) -> None"))
+        .def(nb::init<Bytes, Halves, std::size_t, std::size_t, int, std::size_t, int>(), nb::arg("weights"), nb::arg("scales"),
+             nb::arg("rows"), nb::arg("columns"), nb::arg("bits"), nb::arg("group"), nb::arg("activation_bits"),
+             nb::sig("def __init__(self, weights: Tensor, scales: Tensor, rows: int, columns: int, bits: int, group: int, "
+                     "activation_bits: int) -> None"))
         .def("linear", &linear, nb::arg("x"), nb::arg("y"), nb::arg("bias") = nb::none(), nb::arg("residual") = nb::none(),
              nb::sig("def linear(self, x: Tensor, y: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None"),
              "y (T, rows) = x (T, columns) W^T + bias + residual, float32.")

@@ -2,7 +2,7 @@
 //
 // 4 bit: products of unsigned nibbles with signed bytes are summed in 16 bits over 8 vectors (8 pairs x 2 x 15 x 127 = 30,480 fits),
 // then once in 32 bits. The offset 8 leaves through the sum of the activations. 8 bit: |w| times x with w's sign, because
-// unsigned 255 x 127 would overflow 16 bits.
+// unsigned 255 x 127 would overflow 16 bits. Wide activations are 16-bit integers, the weights are widened to meet them.
 #include <immintrin.h>
 
 #include <cstring>
@@ -13,7 +13,7 @@
 namespace ernie45 {
 namespace {
 
-__m256i word(const std::int8_t* x) {
+__m256i word(const std::uint8_t* x) {
     std::int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
     return _mm256_set1_epi32(bits);
@@ -24,31 +24,57 @@ void add(float* y, __m256i sum, __m256 scale) {
     _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), scale, _mm256_loadu_ps(y)));
 }
 
+__m256 load_scales(const std::uint16_t* scales) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+}
+
+// The same for half a group whose weights have a minimum.
+void add(float* y, __m256i sum, const std::uint16_t* set, float x_scale, std::int32_t x_sum) {
+    add(y, sum, _mm256_mul_ps(load_scales(set), _mm256_set1_ps(x_scale)));
+    const __m256 rest = _mm256_set1_ps(x_scale * static_cast<float>(x_sum));
+    _mm256_storeu_ps(y, _mm256_fmadd_ps(load_scales(set + kRows), rest, _mm256_loadu_ps(y)));
+}
+
+// 32 columns of 4 bits: sums of codes times values.
 template <std::size_t Tokens>
-void group4(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+void half4(const std::uint8_t* group, const std::uint8_t* values, std::size_t groups, std::size_t half, __m256i sums[Tokens]) {
     const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
-    __m256i wide[Tokens];
-    for (std::size_t half = 0; half < 2; ++half) {  // 32 columns each: 8 vectors of 4 columns
-        __m256i narrow[Tokens];
-        for (std::size_t t = 0; t < Tokens; ++t) narrow[t] = _mm256_setzero_si256();
-        for (std::size_t v = 4 * half; v < 4 * half + 4; ++v) {
-            const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 64 * v));
-            const __m256i low = _mm256_and_si256(packed, mask), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
-            for (std::size_t t = 0; t < Tokens; ++t) {
-                const std::int8_t* values = x.values + (t * groups + g) * kGroup + 8 * v;
-                narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(low, word(values)));
-                narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(high, word(values + 4)));
-            }
-        }
+    __m256i narrow[Tokens];
+    for (std::size_t t = 0; t < Tokens; ++t) narrow[t] = _mm256_setzero_si256();
+    for (std::size_t v = 4 * half; v < 4 * half + 4; ++v) {
+        const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 64 * v));
+        const __m256i low = _mm256_and_si256(packed, mask), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
         for (std::size_t t = 0; t < Tokens; ++t) {
-            const __m256i sum = _mm256_madd_epi16(narrow[t], ones);
-            wide[t] = half == 0 ? sum : _mm256_add_epi32(wide[t], sum);
+            const std::uint8_t* at = values + t * groups * kGroup + 8 * v;
+            narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(low, word(at)));
+            narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(high, word(at + 4)));
         }
     }
+    for (std::size_t t = 0; t < Tokens; ++t) sums[t] = _mm256_madd_epi16(narrow[t], ones);
+}
+
+template <std::size_t Tokens>
+void group4(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+    __m256i first[Tokens], second[Tokens];
+    half4<Tokens>(group, x.values + g * kGroup, groups, 0, first);
+    half4<Tokens>(group, x.values + g * kGroup, groups, 1, second);
     for (std::size_t t = 0; t < Tokens; ++t) {
         const std::size_t at = t * groups + g;
-        const __m256i sum = _mm256_sub_epi32(wide[t], _mm256_set1_epi32(kOffset4 * x.sums[at]));
+        const __m256i offset = _mm256_set1_epi32(kOffset4 * (x.sums[2 * at] + x.sums[2 * at + 1]));
+        const __m256i sum = _mm256_sub_epi32(_mm256_add_epi32(first[t], second[t]), offset);
         add(out + t * kRows, sum, _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[at])));
+    }
+}
+
+template <std::size_t Tokens>
+void minima4(const std::uint8_t* group, const std::uint16_t* sets, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+    for (std::size_t half = 0; half < 2; ++half) {
+        __m256i sums[Tokens];
+        half4<Tokens>(group, x.values + g * kGroup, groups, half, sums);
+        for (std::size_t t = 0; t < Tokens; ++t) {
+            const std::size_t at = t * groups + g;
+            add(out + t * kRows, sums[t], sets + half * 2 * kRows, x.scales[at], x.sums[2 * at + half]);
+        }
     }
 }
 
@@ -72,41 +98,116 @@ void group8(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size
     }
 }
 
+// Four columns of 8 rows: `weights` are 4 rows x 4 columns of 16 bits, one for each half of the rows.
+template <std::size_t Tokens>
+void multiply_wide(__m256i sums[Tokens][2], __m256i signed_weights, const std::uint8_t* values, std::size_t groups) {
+    const __m256i first = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(signed_weights));
+    const __m256i second = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(signed_weights, 1));
+    for (std::size_t t = 0; t < Tokens; ++t) {
+        std::int64_t bits;
+        std::memcpy(&bits, values + t * groups * 2 * kGroup, sizeof bits);
+        const __m256i four = _mm256_set1_epi64x(bits);
+        sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(first, four));
+        sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(second, four));
+    }
+}
+
+// Columns of one group against wide activations: `first` to `end` are 64-byte vectors of the group.
 template <int Bits, std::size_t Tokens>
+void part_wide(const std::uint8_t* group, const std::uint8_t* values, std::size_t groups, std::size_t first, std::size_t end,
+               int offset, __m256i rows[Tokens]) {
+    const __m256i mask = _mm256_set1_epi8(15), offsets = _mm256_set1_epi8(static_cast<char>(offset));
+    __m256i sums[Tokens][2];  // of 4 rows each: columns 0 and 1, columns 2 and 3, side by side
+    for (std::size_t t = 0; t < Tokens; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
+    for (std::size_t v = first; v < end; ++v) {
+        const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 64 * v));
+        if (Bits == 4) {
+            const __m256i low = _mm256_and_si256(packed, mask), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
+            multiply_wide<Tokens>(sums, _mm256_sub_epi8(low, offsets), values + 16 * v, groups);
+            multiply_wide<Tokens>(sums, _mm256_sub_epi8(high, offsets), values + 16 * v + 8, groups);
+        } else {
+            multiply_wide<Tokens>(sums, _mm256_sub_epi8(packed, offsets), values + 8 * v, groups);
+        }
+    }
+    for (std::size_t t = 0; t < Tokens; ++t) {
+        rows[t] = _mm256_permute4x64_epi64(_mm256_hadd_epi32(sums[t][0], sums[t][1]), 0xD8);
+    }
+}
+
+template <int Bits, std::size_t Tokens>
+void group_wide(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+    __m256i rows[Tokens];
+    part_wide<Bits, Tokens>(group, x.values + g * 2 * kGroup, groups, 0, 2 * Bits, Bits == 4 ? kOffset4 : kOffset8, rows);
+    for (std::size_t t = 0; t < Tokens; ++t) {
+        add(out + t * kRows, rows[t], _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[t * groups + g])));
+    }
+}
+
+template <std::size_t Tokens>
+void minima_wide(const std::uint8_t* group, const std::uint16_t* sets, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+    for (std::size_t half = 0; half < 2; ++half) {
+        __m256i rows[Tokens];
+        part_wide<4, Tokens>(group, x.values + g * 2 * kGroup, groups, 4 * half, 4 * half + 4, 0, rows);
+        for (std::size_t t = 0; t < Tokens; ++t) {
+            const std::size_t at = t * groups + g;
+            add(out + t * kRows, rows[t], sets + half * 2 * kRows, x.scales[at], x.sums[2 * at + half]);
+        }
+    }
+}
+
+enum class Grid { kSymmetric4, kSymmetric8, kMinima4 };
+
+template <Grid kGrid, bool Wide, std::size_t Tokens>
 void tile(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups, std::size_t groups_per_scale,
           const Rounded& x, float* out) {
+    constexpr int kBits = kGrid == Grid::kSymmetric8 ? 8 : 4;
     std::memset(out, 0, Tokens * kRows * sizeof(float));
     for (std::size_t g = 0; g < groups; ++g) {
-        const std::uint8_t* group = weights + g * kRows * kGroup * Bits / 8;
-        const std::uint16_t* set = scales + g / groups_per_scale * kRows;
-        for (std::size_t half = 0; half < 2; ++half) {
-            const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(set + 8 * half)));
-            if (Bits == 4) {
-                group4<Tokens>(group + 32 * half, scale, x, groups, g, out + 8 * half);
+        for (std::size_t rows = 0; rows < kRows; rows += 8) {
+            const std::uint8_t* group = weights + g * kRows * kGroup * kBits / 8 + 4 * rows;
+            float* y = out + rows;
+            if (kGrid == Grid::kMinima4) {
+                const std::uint16_t* sets = scales + g * 4 * kRows + rows;
+                (Wide ? minima_wide<Tokens> : minima4<Tokens>)(group, sets, x, groups, g, y);
+                continue;
+            }
+            const __m256 scale = load_scales(scales + g / groups_per_scale * kRows + rows);
+            if (Wide) {
+                group_wide<kBits, Tokens>(group, scale, x, groups, g, y);
             } else {
-                group8<Tokens>(group + 32 * half, scale, x, groups, g, out + 8 * half);
+                (kBits == 4 ? group4<Tokens> : group8<Tokens>)(group, scale, x, groups, g, y);
             }
         }
     }
 }
 
-template <int Bits>
+template <Grid kGrid, bool Wide>
 void block(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups, std::size_t groups_per_scale,
            const Rounded& x, std::size_t tokens, float* out) {
+    constexpr std::size_t kBytes = (Wide ? 2 : 1) * kGroup;
     // Four tokens fit the registers: more would spill.
     for (std::size_t first = 0; first < tokens; first += 4) {
-        const Rounded rest{x.values + first * groups * kGroup, x.scales + first * groups, x.sums + first * groups};
+        const Rounded rest{x.values + first * groups * kBytes, x.scales + first * groups, x.sums + 2 * first * groups};
         float* y = out + first * kRows;
         switch (tokens - first) {
-            case 1: tile<Bits, 1>(weights, scales, groups, groups_per_scale, rest, y); break;
-            case 2: tile<Bits, 2>(weights, scales, groups, groups_per_scale, rest, y); break;
-            case 3: tile<Bits, 3>(weights, scales, groups, groups_per_scale, rest, y); break;
-            default: tile<Bits, 4>(weights, scales, groups, groups_per_scale, rest, y);
+            case 1: tile<kGrid, Wide, 1>(weights, scales, groups, groups_per_scale, rest, y); break;
+            case 2: tile<kGrid, Wide, 2>(weights, scales, groups, groups_per_scale, rest, y); break;
+            case 3: tile<kGrid, Wide, 3>(weights, scales, groups, groups_per_scale, rest, y); break;
+            default: tile<kGrid, Wide, 4>(weights, scales, groups, groups_per_scale, rest, y);
         }
     }
 }
 
-void round_group(const float* x, std::int8_t* values, float* scale, std::int32_t* sum) {
+std::int32_t fold(__m256i a) {
+    __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4E));
+    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xB1));
+    return _mm_cvtsi128_si32(sums);
+}
+
+template <bool Wide>
+void round_group(const float* x, std::uint8_t* values, float* scale, std::int32_t sums[2]) {
+    constexpr float top = Wide ? kWidest : kNarrowest;
     const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     __m256 largest = _mm256_setzero_ps();
     for (std::size_t i = 0; i < kGroup; i += 8) largest = _mm256_max_ps(largest, _mm256_and_ps(_mm256_loadu_ps(x + i), no_sign));
@@ -114,19 +215,20 @@ void round_group(const float* x, std::int8_t* values, float* scale, std::int32_t
     folded = _mm_max_ps(folded, _mm_movehl_ps(folded, folded));
     folded = _mm_max_ss(folded, _mm_movehdup_ps(folded));
     const float absmax = _mm_cvtss_f32(folded);
-    const __m256 inverse = _mm256_set1_ps(absmax > 0 ? 127.0f / absmax : 0.0f);
-    *scale = absmax / 127.0f;
-    __m256i total = _mm256_setzero_si256();
+    const __m256 inverse = _mm256_set1_ps(absmax >= kSmallest ? top / absmax : 0.0f);
+    *scale = absmax / top;
+    __m256i totals[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (std::size_t i = 0; i < kGroup; i += 8) {
         const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
-        total = _mm256_add_epi32(total, rounded);
+        totals[i / kHalf] = _mm256_add_epi32(totals[i / kHalf], rounded);
         const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
-        _mm_storel_epi64(reinterpret_cast<__m128i*>(values + i), _mm_packs_epi16(words, words));
+        if (Wide) {
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 2 * i), words);
+        } else {
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(values + i), _mm_packs_epi16(words, words));
+        }
     }
-    __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0x4E));
-    sums = _mm_add_epi32(sums, _mm_shuffle_epi32(sums, 0xB1));
-    *sum = _mm_cvtsi128_si32(sums);
+    for (std::size_t half = 0; half < 2; ++half) sums[half] = fold(totals[half]);
 }
 
 __m256 exponential(__m256 x) {
@@ -151,7 +253,12 @@ void swiglu(const float* gate, const float* up, float* out) {
 }  // namespace
 
 const BlockKernels& avx2_blocks() {
-    static constexpr BlockKernels kernels{block<4>, block<8>, round_group, swiglu};
+    static constexpr BlockKernels kernels{
+        {block<Grid::kSymmetric4, false>, block<Grid::kSymmetric4, true>},
+        {block<Grid::kSymmetric8, false>, block<Grid::kSymmetric8, true>},
+        {block<Grid::kMinima4, false>, block<Grid::kMinima4, true>},
+        {round_group<false>, round_group<true>},
+        swiglu};
     return kernels;
 }
 

@@ -1,5 +1,8 @@
 // Block kernels for AVX-512 with VNNI: one instruction multiplies 64 unsigned weights by 64 signed activations and sums them by row.
 // The weights' offset leaves through the sums' starting value, -offset x (sum of the activations).
+//
+// A wide activation is 256 high + low, both signed bytes; a group's 64 high bytes lie before its 64 low ones. Both are summed
+// in integers of their own, and 256 x the one is added to the other: at most 64 x 255 x 32512 < 2^31, so nothing overflows.
 #include <immintrin.h>
 
 #include <cstring>
@@ -12,84 +15,118 @@ namespace {
 
 constexpr std::size_t kAhead = 4096;  // bytes
 
-__m512i word(const std::int8_t* x) {
+__m512i word(const std::uint8_t* x) {
     std::int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
     return _mm512_set1_epi32(bits);
 }
 
-template <int Bits, std::size_t Tokens>
+enum class Grid { kSymmetric4, kSymmetric8, kMinima4 };
+
+// Integer sums of a run of columns of one group. `start` is what they begin with.
+template <bool Wide, std::size_t Tokens>
+struct Sums {
+    __m512i low[Tokens], high[Tokens];
+
+    void begin(std::size_t t, std::int32_t start) {
+        low[t] = _mm512_set1_epi32(start);
+        high[t] = _mm512_setzero_si512();
+    }
+    // Four columns of 16 rows.
+    void add(__m512i weights, const std::uint8_t* values, std::size_t stride) {
+        for (std::size_t t = 0; t < Tokens; ++t) {
+            if (Wide) high[t] = _mm512_dpbusd_epi32(high[t], weights, word(values + t * stride));
+            low[t] = _mm512_dpbusd_epi32(low[t], weights, word(values + t * stride + (Wide ? kGroup : 0)));
+        }
+    }
+    __m512 total(std::size_t t) const {
+        return _mm512_cvtepi32_ps(Wide ? _mm512_add_epi32(low[t], _mm512_slli_epi32(high[t], 8)) : low[t]);
+    }
+};
+
+template <Grid kGrid, bool Wide, std::size_t Tokens>
 void tile(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups, std::size_t groups_per_scale,
           const Rounded& x, float* out) {
+    constexpr bool kMinima = kGrid == Grid::kMinima4, kNibbles = kGrid != Grid::kSymmetric8;
+    constexpr std::size_t kBytes = (Wide ? 2 : 1) * kGroup;
+    constexpr std::size_t kGroupVectors = kNibbles ? 8 : 16, kParts = kMinima ? 2 : 1, kVectors = kGroupVectors / kParts;
     const __m512i mask = _mm512_set1_epi8(15);
+    const std::size_t stride = groups * kBytes;
     __m512 y[Tokens];
     for (std::size_t t = 0; t < Tokens; ++t) y[t] = _mm512_setzero_ps();
     for (std::size_t g = 0; g < groups; ++g) {
-        const std::uint8_t* group = weights + g * kRows * kGroup * Bits / 8;
-        const __m256i set = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + g / groups_per_scale * kRows));
-        __m512i sums[Tokens];
-        for (std::size_t t = 0; t < Tokens; ++t) {
-            sums[t] = _mm512_set1_epi32(-(Bits == 4 ? kOffset4 : kOffset8) * x.sums[t * groups + g]);
-        }
-        if (Bits == 4) {
-            for (std::size_t v = 0; v < 8; ++v) {
+        const std::uint8_t* group = weights + g * kGroupVectors * 64;
+        const std::uint8_t* values = x.values + g * kBytes;
+        for (std::size_t part = 0; part < kParts; ++part) {
+            Sums<Wide, Tokens> sums;
+            for (std::size_t t = 0; t < Tokens; ++t) {
+                const std::int32_t* halves = x.sums + 2 * (t * groups + g);
+                sums.begin(t, kMinima ? 0 : -(kNibbles ? kOffset4 : kOffset8) * (halves[0] + halves[1]));
+            }
+            for (std::size_t v = part * kVectors; v < (part + 1) * kVectors; ++v) {
                 // The hardware's prefetcher stops at page borders; mapped files have small pages.
                 _mm_prefetch(reinterpret_cast<const char*>(group + 64 * v + kAhead), _MM_HINT_T0);
                 const __m512i packed = _mm512_loadu_si512(group + 64 * v);
-                const __m512i low = _mm512_and_si512(packed, mask);
-                const __m512i high = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
-                for (std::size_t t = 0; t < Tokens; ++t) {
-                    const std::int8_t* values = x.values + (t * groups + g) * kGroup + 8 * v;
-                    sums[t] = _mm512_dpbusd_epi32(sums[t], low, word(values));
-                    sums[t] = _mm512_dpbusd_epi32(sums[t], high, word(values + 4));
+                if (kNibbles) {
+                    sums.add(_mm512_and_si512(packed, mask), values + 8 * v, stride);
+                    sums.add(_mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), values + 8 * v + 4, stride);
+                } else {
+                    sums.add(packed, values + 4 * v, stride);
                 }
             }
-        } else {
-            for (std::size_t v = 0; v < 16; ++v) {
-                _mm_prefetch(reinterpret_cast<const char*>(group + 64 * v + kAhead), _MM_HINT_T0);
-                const __m512i packed = _mm512_loadu_si512(group + 64 * v);
-                for (std::size_t t = 0; t < Tokens; ++t) {
-                    sums[t] = _mm512_dpbusd_epi32(sums[t], packed, word(x.values + (t * groups + g) * kGroup + 4 * v));
+            const std::uint16_t* set = scales + (kMinima ? (2 * g + part) * 2 : g / groups_per_scale) * kRows;
+            const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(set)));
+            for (std::size_t t = 0; t < Tokens; ++t) {
+                const float x_scale = x.scales[t * groups + g];
+                y[t] = _mm512_fmadd_ps(sums.total(t), _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)), y[t]);
+                if (kMinima) {
+                    const __m512 minimum = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(set + kRows)));
+                    const float x_sum = x_scale * static_cast<float>(x.sums[2 * (t * groups + g) + part]);
+                    y[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x_sum), y[t]);
                 }
             }
-        }
-        const __m512 scale = _mm512_cvtph_ps(set);
-        for (std::size_t t = 0; t < Tokens; ++t) {
-            const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[t * groups + g]));
-            y[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), both, y[t]);
         }
     }
     for (std::size_t t = 0; t < Tokens; ++t) _mm512_storeu_ps(out + t * kRows, y[t]);
 }
 
-template <int Bits>
+template <Grid kGrid, bool Wide>
 void block(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups, std::size_t groups_per_scale,
            const Rounded& x, std::size_t tokens, float* out) {
     switch (tokens) {
-        case 8: return tile<Bits, 8>(weights, scales, groups, groups_per_scale, x, out);
-        case 7: return tile<Bits, 7>(weights, scales, groups, groups_per_scale, x, out);
-        case 6: return tile<Bits, 6>(weights, scales, groups, groups_per_scale, x, out);
-        case 5: return tile<Bits, 5>(weights, scales, groups, groups_per_scale, x, out);
-        case 4: return tile<Bits, 4>(weights, scales, groups, groups_per_scale, x, out);
-        case 3: return tile<Bits, 3>(weights, scales, groups, groups_per_scale, x, out);
-        case 2: return tile<Bits, 2>(weights, scales, groups, groups_per_scale, x, out);
-        default: return tile<Bits, 1>(weights, scales, groups, groups_per_scale, x, out);
+        case 8: return tile<kGrid, Wide, 8>(weights, scales, groups, groups_per_scale, x, out);
+        case 7: return tile<kGrid, Wide, 7>(weights, scales, groups, groups_per_scale, x, out);
+        case 6: return tile<kGrid, Wide, 6>(weights, scales, groups, groups_per_scale, x, out);
+        case 5: return tile<kGrid, Wide, 5>(weights, scales, groups, groups_per_scale, x, out);
+        case 4: return tile<kGrid, Wide, 4>(weights, scales, groups, groups_per_scale, x, out);
+        case 3: return tile<kGrid, Wide, 3>(weights, scales, groups, groups_per_scale, x, out);
+        case 2: return tile<kGrid, Wide, 2>(weights, scales, groups, groups_per_scale, x, out);
+        default: return tile<kGrid, Wide, 1>(weights, scales, groups, groups_per_scale, x, out);
     }
 }
 
-void round_group(const float* x, std::int8_t* values, float* scale, std::int32_t* sum) {
+template <bool Wide>
+void round_group(const float* x, std::uint8_t* values, float* scale, std::int32_t sums[2]) {
+    constexpr float top = Wide ? kWidest : kNarrowest;
     __m512 largest = _mm512_setzero_ps();
     for (std::size_t i = 0; i < kGroup; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
     const float absmax = _mm512_reduce_max_ps(largest);
-    const __m512 inverse = _mm512_set1_ps(absmax > 0 ? 127.0f / absmax : 0.0f);
-    *scale = absmax / 127.0f;
-    __m512i total = _mm512_setzero_si512();
+    const __m512 inverse = _mm512_set1_ps(absmax >= kSmallest ? top / absmax : 0.0f);
+    *scale = absmax / top;
+    __m512i totals[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (std::size_t i = 0; i < kGroup; i += 16) {
         const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
-        total = _mm512_add_epi32(total, rounded);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(values + i), _mm512_cvtsepi32_epi8(rounded));
+        totals[i / kHalf] = _mm512_add_epi32(totals[i / kHalf], rounded);
+        auto* out = reinterpret_cast<__m128i*>(values + i);
+        if (Wide) {
+            const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)), 8);
+            _mm_storeu_si128(out, _mm512_cvtepi32_epi8(high));
+            _mm_storeu_si128(out + kGroup / 16, _mm512_cvtepi32_epi8(rounded));  // the low byte, read as signed
+        } else {
+            _mm_storeu_si128(out, _mm512_cvtsepi32_epi8(rounded));
+        }
     }
-    *sum = _mm512_reduce_add_epi32(total);
+    for (std::size_t half = 0; half < 2; ++half) sums[half] = _mm512_reduce_add_epi32(totals[half]);
 }
 
 __m512 exponential(__m512 x) {
@@ -112,7 +149,12 @@ void swiglu(const float* gate, const float* up, float* out) {
 }  // namespace
 
 const BlockKernels& avx512_blocks() {
-    static constexpr BlockKernels kernels{block<4>, block<8>, round_group, swiglu};
+    static constexpr BlockKernels kernels{
+        {block<Grid::kSymmetric4, false>, block<Grid::kSymmetric4, true>},
+        {block<Grid::kSymmetric8, false>, block<Grid::kSymmetric8, true>},
+        {block<Grid::kMinima4, false>, block<Grid::kMinima4, true>},
+        {round_group<false>, round_group<true>},
+        swiglu};
     return kernels;
 }
 

@@ -1,6 +1,7 @@
 // Block kernels in portable C++: the definition that the other files must equal bit for bit. See packed.hpp.
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/exponential.hpp"
 #include "kernels/half.hpp"
@@ -9,22 +10,30 @@
 namespace ernie45 {
 namespace {
 
-// Sum of one row of a group: row r of the 16, exact.
+template <bool Wide>
+using Value = std::conditional_t<Wide, std::int16_t, std::int8_t>;
+
+// The code of a weight: row r of the 16, from 0 on.
 template <int Bits>
-std::int32_t dot(const std::uint8_t* group, std::size_t r, const std::int8_t* x) {
+int code(const std::uint8_t* group, std::size_t r, std::size_t column) {
+    if (Bits == 8) return group[column / 4 * 64 + 4 * r + column % 4];
+    const std::uint8_t byte = group[column / 8 * 64 + 4 * r + column % 4];
+    return column % 8 < 4 ? byte & 15 : byte >> 4;
+}
+
+// Sum of one row over some columns of a group, exact.
+template <int Bits, bool Wide>
+std::int32_t dot(const std::uint8_t* group, std::size_t r, const std::uint8_t* values, std::size_t first, std::size_t end, int offset) {
     std::int32_t sum = 0;
-    for (std::size_t column = 0; column < kGroup; ++column) {
-        if (Bits == 8) {
-            sum += (group[column / 4 * 64 + 4 * r + column % 4] - kOffset8) * x[column];
-        } else {
-            const std::uint8_t byte = group[column / 8 * 64 + 4 * r + column % 4];
-            sum += ((column % 8 < 4 ? byte & 15 : byte >> 4) - kOffset4) * x[column];
-        }
+    for (std::size_t column = first; column < end; ++column) {
+        Value<Wide> x;
+        std::memcpy(&x, values + column * sizeof x, sizeof x);
+        sum += (code<Bits>(group, r, column) - offset) * x;
     }
     return sum;
 }
 
-template <int Bits>
+template <int Bits, bool Wide>
 void block(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups, std::size_t groups_per_scale,
            const Rounded& x, std::size_t tokens, float* out) {
     std::memset(out, 0, tokens * kRows * sizeof(float));
@@ -33,23 +42,50 @@ void block(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t
         for (std::size_t r = 0; r < kRows; ++r) {
             const float scale = half_to_float(scales[g / groups_per_scale * kRows + r]);
             for (std::size_t t = 0; t < tokens; ++t) {
-                const std::int32_t sum = dot<Bits>(group, r, x.values + (t * groups + g) * kGroup);
+                const std::size_t at = t * groups + g;
+                const std::int32_t sum = dot<Bits, Wide>(group, r, x.values + at * sizeof(Value<Wide>) * kGroup, 0, kGroup,
+                                                         Bits == 4 ? kOffset4 : kOffset8);
                 float& y = out[t * kRows + r];
-                y = std::fma(static_cast<float>(sum), scale * x.scales[t * groups + g], y);
+                y = std::fma(static_cast<float>(sum), scale * x.scales[at], y);
             }
         }
     }
 }
 
-void round_group(const float* x, std::int8_t* values, float* scale, std::int32_t* sum) {
+template <bool Wide>
+void block_minima(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups, std::size_t, const Rounded& x,
+                  std::size_t tokens, float* out) {
+    std::memset(out, 0, tokens * kRows * sizeof(float));
+    for (std::size_t h = 0; h < 2 * groups; ++h) {
+        const std::size_t g = h / 2, first = h % 2 * kHalf;
+        const std::uint8_t* group = weights + g * kRows * kGroup / 2;
+        for (std::size_t r = 0; r < kRows; ++r) {
+            const float scale = half_to_float(scales[h * 2 * kRows + r]);
+            const float minimum = half_to_float(scales[h * 2 * kRows + kRows + r]);
+            for (std::size_t t = 0; t < tokens; ++t) {
+                const std::size_t at = t * groups + g;
+                const std::uint8_t* values = x.values + at * sizeof(Value<Wide>) * kGroup;
+                const std::int32_t sum = dot<4, Wide>(group, r, values, first, first + kHalf, 0);
+                float& y = out[t * kRows + r];
+                y = std::fma(static_cast<float>(sum), scale * x.scales[at], y);
+                y = std::fma(minimum, x.scales[at] * static_cast<float>(x.sums[2 * at + h % 2]), y);
+            }
+        }
+    }
+}
+
+template <bool Wide>
+void round_group(const float* x, std::uint8_t* values, float* scale, std::int32_t sums[2]) {
+    constexpr float top = Wide ? kWidest : kNarrowest;
     float largest = 0;
     for (std::size_t i = 0; i < kGroup; ++i) largest = std::fmax(largest, std::fabs(x[i]));
-    const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-    *scale = largest / 127.0f;
-    *sum = 0;
+    const float inverse = largest >= kSmallest ? top / largest : 0.0f;
+    *scale = largest / top;
+    sums[0] = sums[1] = 0;
     for (std::size_t i = 0; i < kGroup; ++i) {
-        values[i] = static_cast<std::int8_t>(std::nearbyint(x[i] * inverse));
-        *sum += values[i];
+        const auto value = static_cast<Value<Wide>>(std::nearbyint(x[i] * inverse));
+        std::memcpy(values + i * sizeof value, &value, sizeof value);
+        sums[i / kHalf] += value;
     }
 }
 
@@ -70,7 +106,9 @@ void swiglu(const float* gate, const float* up, float* out) {
 }  // namespace
 
 const BlockKernels& baseline_blocks() {
-    static constexpr BlockKernels kernels{block<4>, block<8>, round_group, swiglu};
+    static constexpr BlockKernels kernels{
+        {block<4, false>, block<4, true>},         {block<8, false>, block<8, true>}, {block_minima<false>, block_minima<true>},
+        {round_group<false>, round_group<true>}, swiglu};
     return kernels;
 }
 

@@ -1,4 +1,5 @@
-// Packed matrices: 8- or 4-bit weights in the order in which the kernels stream them, and activations rounded to 8 bits per group.
+// Packed matrices: 8- or 4-bit weights in the order in which the kernels stream them, and activations rounded per group to 8 bits
+// or to 16.
 //
 // A matrix of N rows (outputs) and K columns (inputs) is cut into blocks of 16 rows and groups of 64 columns; both are padded with zeros.
 // Within block and group, 64 consecutive bytes hold 16 rows x 4 columns:
@@ -7,8 +8,12 @@
 // So one vector of weights meets one 32-bit word of activations (4 columns) that is broadcast to all rows, and each 32-bit lane sums
 // one row: no shuffles, no horizontal sums. Scales are float16, 16 of a block side by side, one set per `group` columns.
 //
-// The product is exact in integers within a group of 64; groups are added in float32 in ascending order:
-//   y = fma(float(dot), weight scale * activation scale, y)
+// 4-bit matrices may have a scale and a minimum for every half of a group (32 columns), weight = code * scale + minimum with codes
+// 0 .. 15; a set is then 16 scales and 16 minima. That is the grid of GGUF's Q4_1.
+//
+// The product is exact in integers within a group of 64, or a half; they are added in float32 in ascending order:
+//   y = fma(float(dot), weight scale * activation scale, y), and after it, with minima,
+//   y = fma(minimum, activation scale * float(sum of the half's values), y)
 // Every instruction set does exactly this, so all give the same bits.
 #pragma once
 
@@ -19,6 +24,7 @@ namespace ernie45 {
 
 constexpr std::size_t kRows = 16;   // rows of a block
 constexpr std::size_t kGroup = 64;  // columns that share an activation scale
+constexpr std::size_t kHalf = 32;   // columns that share a scale and a minimum where there are minima
 constexpr int kOffset4 = 8, kOffset8 = 128;
 
 inline std::size_t round_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit * unit; }
@@ -29,35 +35,45 @@ struct Packed {
     std::size_t rows = 0, columns = 0;      // without padding
     std::size_t groups_per_scale = 1;       // groups of 64 columns that share a weight scale
     int bits = 8;
+    bool wide = false;    // activations are rounded to 16 bits instead of 8
+    bool minima = false;  // scale and minimum per half group; 4 bits only
 
     std::size_t blocks() const { return round_up(rows, kRows) / kRows; }
     std::size_t groups() const { return round_up(columns, kGroup) / kGroup; }
-    std::size_t scale_sets() const { return round_up(groups(), groups_per_scale) / groups_per_scale; }
+    std::size_t scale_sets() const { return minima ? 2 * groups() : round_up(groups(), groups_per_scale) / groups_per_scale; }
+    std::size_t set_size() const { return minima ? 2 * kRows : kRows; }
     std::size_t group_bytes() const { return kRows * kGroup * static_cast<std::size_t>(bits) / 8; }
     const std::uint8_t* block_weights(std::size_t block) const { return weights + block * groups() * group_bytes(); }
-    const std::uint16_t* block_scales(std::size_t block) const { return scales + block * scale_sets() * kRows; }
+    const std::uint16_t* block_scales(std::size_t block) const { return scales + block * scale_sets() * set_size(); }
 };
 
-// Rows of activations, rounded to 8 bits: x = values * scale, values in -127 .. 127.
+// Rows of activations, rounded per group: x = value * scale. Narrow values lie in -127 .. 127, one byte each, in order. Wide ones
+// lie in -32512 .. 32512, two bytes each; how they lie within their group is up to each instruction set's file.
 struct Rounded {
-    const std::int8_t* values = nullptr;  // (tokens, groups * 64), zeros in the padding
-    const float* scales = nullptr;        // (tokens, groups): largest magnitude of the group / 127
-    const std::int32_t* sums = nullptr;   // (tokens, groups): sum of the group's values
+    const std::uint8_t* values = nullptr;  // (tokens, groups, 64 or 128 bytes), zeros in the padding
+    const float* scales = nullptr;         // (tokens, groups): largest magnitude of the group / 127 or 32512
+    const std::int32_t* sums = nullptr;    // (tokens, groups, 2): sum of the values of each half
 };
+
+constexpr float kNarrowest = 127.0f, kWidest = 32512.0f;  // 32512 = 127 * 256: its high byte still fits 8 signed bits
+// Groups whose largest magnitude is below this are zero: the inverse of their scale could overflow.
+constexpr float kSmallest = 1e-30f;
 
 // One row block times `tokens` rows of activations: out (tokens, 16) float32. `tokens` is 1 .. kMaxTile.
 constexpr std::size_t kMaxTile = 8;
 using BlockKernel = void (*)(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups,
                              std::size_t groups_per_scale, const Rounded& x, std::size_t tokens, float* out);
 // Rounds one group of 64 values.
-using RoundKernel = void (*)(const float* x, std::int8_t* values, float* scale, std::int32_t* sum);
+using RoundKernel = void (*)(const float* x, std::uint8_t* values, float* scale, std::int32_t sums[2]);
 // silu(gate) * up of 16 values. The exponential is the same polynomial in every file (exponential.hpp), so the bits are too.
 using SwigluKernel = void (*)(const float* gate, const float* up, float* out);
 
 struct BlockKernels {
-    BlockKernel block4, block8;
-    RoundKernel round;
+    BlockKernel block4[2], block8[2], minima4[2];  // for narrow and for wide activations
+    RoundKernel round[2];
     SwigluKernel swiglu;
+
+    BlockKernel block(const Packed& m) const { return (m.minima ? minima4 : m.bits == 4 ? block4 : block8)[m.wide]; }
 };
 
 const BlockKernels& baseline_blocks();

@@ -20,27 +20,28 @@ constexpr std::size_t kCachedBytes = 96 * 1024;
 constexpr std::size_t kTaskBytes = 32 * 1024;
 constexpr std::size_t kBlocksOf64 = kGroup / kRows;
 
-// Rounded activations with their memory. Kept per calling thread, so that a step allocates nothing.
-struct RoundedBuffer {
-    std::vector<std::int8_t> values;
-    std::vector<float> scales;
-    std::vector<std::int32_t> sums;
+// Rows of rounded activations in memory that belongs to a RoundedBuffer.
+struct RoundedRows {
+    std::uint8_t* values = nullptr;
+    float* scales = nullptr;
+    std::int32_t* sums = nullptr;
     std::size_t groups = 0;
+    bool wide = false;
 
-    void resize(std::size_t rows, std::size_t columns) {
-        groups = round_up(columns, kGroup) / kGroup;
-        values.resize(rows * groups * kGroup);
-        scales.resize(rows * groups);
-        sums.resize(rows * groups);
+    std::size_t group_bytes() const { return wide ? 2 * kGroup : kGroup; }
+
+    Rounded from(std::size_t row) const {
+        const std::size_t at = row * groups;
+        return {values + at * group_bytes(), scales + at, sums + 2 * at};
     }
 
-    Rounded row(std::size_t index) const {
-        return {values.data() + index * groups * kGroup, scales.data() + index * groups, sums.data() + index * groups};
+    void round_group(const float* x, std::size_t row, std::size_t group, const BlockKernels& kernels) const {
+        const std::size_t at = row * groups + group;
+        kernels.round[wide](x, values + at * group_bytes(), scales + at, sums + 2 * at);
     }
 
-    void round_row(const float* x, std::size_t columns, std::size_t row, const BlockKernels& kernels) {
+    void round_row(const float* x, std::size_t columns, std::size_t row, const BlockKernels& kernels) const {
         for (std::size_t g = 0; g < groups; ++g) {
-            const std::size_t at = row * groups + g;
             const float* group = x + g * kGroup;
             float padded[kGroup];
             if ((g + 1) * kGroup > columns) {
@@ -48,20 +49,56 @@ struct RoundedBuffer {
                 std::memcpy(padded, group, (columns - g * kGroup) * sizeof(float));
                 group = padded;
             }
-            kernels.round(group, values.data() + at * kGroup, &scales[at], &sums[at]);
+            round_group(group, row, g, kernels);
         }
     }
 
-    void copy_row(const RoundedBuffer& other, std::size_t from, std::size_t to) {
-        std::memcpy(values.data() + to * groups * kGroup, other.values.data() + from * groups * kGroup, groups * kGroup);
-        std::memcpy(scales.data() + to * groups, other.scales.data() + from * groups, groups * sizeof(float));
-        std::memcpy(sums.data() + to * groups, other.sums.data() + from * groups, groups * sizeof(std::int32_t));
+    void copy_row(const Rounded& row, std::size_t to) const {
+        std::memcpy(values + to * groups * group_bytes(), row.values, groups * group_bytes());
+        std::memcpy(scales + to * groups, row.scales, groups * sizeof(float));
+        std::memcpy(sums + 2 * to * groups, row.sums, 2 * groups * sizeof(std::int32_t));
     }
+};
+
+// Memory for rounded rows. Kept per calling thread, so that a step allocates nothing.
+class RoundedBuffer {
+   public:
+    // Room for that many groups, whatever their width; ends the life of all rows taken before.
+    void reserve(std::size_t num_groups) {
+        if (scales_.size() < num_groups) {
+            values_.resize(num_groups * 2 * kGroup);
+            scales_.resize(num_groups);
+            sums_.resize(2 * num_groups);
+        }
+        taken_ = 0;
+    }
+
+    RoundedRows take(std::size_t rows, std::size_t groups, bool wide) {
+        const std::size_t at = taken_;
+        taken_ += rows * groups;
+        return {values_.data() + at * 2 * kGroup, scales_.data() + at, sums_.data() + 2 * at, groups, wide};
+    }
+
+   private:
+    std::vector<std::uint8_t> values_;
+    std::vector<float> scales_;
+    std::vector<std::int32_t> sums_;
+    std::size_t taken_ = 0;
+};
+
+// A unit of the feed-forward with its rounded inputs and the place for what is between its two products.
+struct PreparedUnit {
+    const FfnUnit* unit;
+    RoundedRows x, inner;
+    std::size_t first_task;  // of its gate and up tasks
+
+    std::size_t token(std::size_t i) const { return unit->tokens == nullptr ? i : static_cast<std::size_t>(unit->tokens[i]); }
+    float weight(std::size_t i) const { return unit->weights == nullptr ? 1.0f : unit->weights[i]; }
 };
 
 struct Scratch {
     RoundedBuffer x, gathered, inner;
-    std::vector<std::size_t> first_row;
+    std::vector<PreparedUnit> units;
 };
 
 Scratch& scratch() {
@@ -69,8 +106,7 @@ Scratch& scratch() {
     return buffers;
 }
 
-void round_rows(const float* x, std::size_t rows, std::size_t columns, RoundedBuffer& out, const BlockKernels& kernels) {
-    out.resize(rows, columns);
+void round_rows(const float* x, std::size_t rows, std::size_t columns, const RoundedRows& out, const BlockKernels& kernels) {
     const auto one = [&](std::size_t row) { out.round_row(x + row * columns, columns, row, kernels); };
     // A few rows are rounded in less time than a second thread needs to wake.
     if (rows * columns < 32 * 1024) {
@@ -81,8 +117,7 @@ void round_rows(const float* x, std::size_t rows, std::size_t columns, RoundedBu
 }
 
 void run_block(const BlockKernels& kernels, const Packed& m, std::size_t block, const Rounded& x, std::size_t tokens, float* out) {
-    (m.bits == 4 ? kernels.block4 : kernels.block8)(m.block_weights(block), m.block_scales(block), m.groups(),
-                                                    m.groups_per_scale, x, tokens, out);
+    kernels.block(m)(m.block_weights(block), m.block_scales(block), m.groups(), m.groups_per_scale, x, tokens, out);
 }
 
 std::size_t blocks_per_task(const Packed& m) {
@@ -91,8 +126,8 @@ std::size_t blocks_per_task(const Packed& m) {
 }
 
 // Tokens whose rounded rows stay in cache, in whole tiles.
-std::size_t tokens_per_pass(std::size_t groups) {
-    return std::max(kMaxTile, kCachedBytes / (groups * kGroup) / kMaxTile * kMaxTile);
+std::size_t tokens_per_pass(const RoundedRows& x) {
+    return std::max(kMaxTile, kCachedBytes / (x.groups * x.group_bytes()) / kMaxTile * kMaxTile);
 }
 
 }  // namespace
@@ -100,9 +135,11 @@ std::size_t tokens_per_pass(std::size_t groups) {
 void packed_linear(const float* x, std::size_t tokens, const Packed& m, const float* bias, const float* residual, float* y) {
     if (tokens == 0) return;
     const BlockKernels& kernels = block_kernels();
-    RoundedBuffer& rounded = scratch().x;
+    RoundedBuffer& buffer = scratch().x;
+    buffer.reserve(tokens * m.groups());
+    const RoundedRows rounded = buffer.take(tokens, m.groups(), m.wide);
     round_rows(x, tokens, m.columns, rounded, kernels);
-    const std::size_t per_task = blocks_per_task(m), per_pass = tokens_per_pass(m.groups());
+    const std::size_t per_task = blocks_per_task(m), per_pass = tokens_per_pass(rounded);
     parallel_for(round_up(m.blocks(), per_task) / per_task, [&](std::size_t task) {
         const std::size_t first = task * per_task, last = std::min(first + per_task, m.blocks());
         float tile[kMaxTile * kRows];
@@ -111,7 +148,7 @@ void packed_linear(const float* x, std::size_t tokens, const Packed& m, const fl
                 const std::size_t row = block * kRows, width = std::min(kRows, m.rows - row);
                 for (std::size_t t = pass; t < std::min(pass + per_pass, tokens); t += kMaxTile) {
                     const std::size_t now = std::min({kMaxTile, tokens - t, pass + per_pass - t});
-                    run_block(kernels, m, block, rounded.row(t), now, tile);
+                    run_block(kernels, m, block, rounded.from(t), now, tile);
                     for (std::size_t i = 0; i < now; ++i) {
                         float* out = y + (t + i) * m.rows + row;
                         const float* more = residual == nullptr ? nullptr : residual + (t + i) * m.rows + row;
@@ -132,60 +169,65 @@ void packed_ffn(const float* x, std::size_t tokens, std::size_t hidden, const Ff
     if (tokens == 0) return;
     const BlockKernels& kernels = block_kernels();
     Scratch& buffers = scratch();
-    RoundedBuffer &rounded = buffers.x, &gathered = buffers.gathered, &inner = buffers.inner;
-    round_rows(x, tokens, hidden, rounded, kernels);
+    const std::size_t groups = round_up(hidden, kGroup) / kGroup;
 
-    // Rows of the gathered inputs and of the inner activations: the tokens of unit 0, then those of unit 1, and so on.
-    std::vector<std::size_t>& first_row = buffers.first_row;
-    first_row.assign(1, 0);
-    std::size_t widest = 0, gate_tasks = 0;
+    // The inputs, rounded in each width that some unit wants.
+    RoundedRows rounded[2];
+    buffers.x.reserve(2 * tokens * groups);
+    std::size_t gathered_groups = 0, inner_groups = 0;
     for (std::size_t u = 0; u < num_units; ++u) {
-        first_row.push_back(first_row.back() + units[u].count);
-        widest = std::max(widest, units[u].down.columns);
-        gate_tasks += units[u].count == 0 ? 0 : units[u].down.groups();
-    }
-    gathered.resize(first_row.back(), hidden);
-    inner.resize(first_row.back(), widest);
-    for (std::size_t u = 0; u < num_units; ++u) {
-        for (std::size_t i = 0; i < units[u].count; ++i) {
-            const std::size_t token = units[u].tokens == nullptr ? i : static_cast<std::size_t>(units[u].tokens[i]);
-            gathered.copy_row(rounded, token, first_row[u] + i);
+        const FfnUnit& unit = units[u];
+        gathered_groups += unit.count * groups;
+        inner_groups += unit.count * unit.down.groups();
+        RoundedRows& rows = rounded[unit.gate_up.wide];
+        if (unit.count > 0 && rows.values == nullptr) {
+            rows = buffers.x.take(tokens, groups, unit.gate_up.wide);
+            round_rows(x, tokens, hidden, rows, kernels);
         }
+    }
+    buffers.gathered.reserve(gathered_groups);
+    buffers.inner.reserve(inner_groups);
+    std::vector<PreparedUnit>& prepared = buffers.units;
+    prepared.clear();
+    std::size_t gate_tasks = 0;
+    for (std::size_t u = 0; u < num_units; ++u) {
+        const FfnUnit& unit = units[u];
+        if (unit.count == 0) continue;
+        PreparedUnit next{&unit, rounded[unit.gate_up.wide], buffers.inner.take(unit.count, unit.down.groups(), unit.down.wide),
+                          gate_tasks};
+        // Rows of chosen tokens are brought together; a unit that sees all of them, in order, takes them where they are.
+        if (unit.tokens != nullptr && unit.count < tokens) {
+            next.x = buffers.gathered.take(unit.count, groups, unit.gate_up.wide);
+            for (std::size_t i = 0; i < unit.count; ++i) {
+                next.x.copy_row(rounded[unit.gate_up.wide].from(static_cast<std::size_t>(unit.tokens[i])), i);
+            }
+        }
+        gate_tasks += unit.down.groups();
+        prepared.push_back(next);
     }
 
     // Gate and up, 64 inner values per task: they are one group of the next product and are rounded on the spot.
-    const auto inner_row = [&](std::size_t u, std::size_t i) {
-        // Rows of narrower units are stored with their own number of groups.
-        const std::size_t groups = units[u].down.groups(), base = first_row[u] * inner.groups;
-        const std::size_t at = base + i * groups;
-        return Rounded{inner.values.data() + at * kGroup, inner.scales.data() + at, inner.sums.data() + at};
-    };
     parallel_for(gate_tasks, [&](std::size_t task) {
         std::size_t u = 0;
-        while (units[u].count == 0 || task >= units[u].down.groups()) {
-            task -= units[u].count == 0 ? 0 : units[u].down.groups();
-            ++u;
-        }
-        const Packed& m = units[u].gate_up;
+        while (u + 1 < prepared.size() && task >= prepared[u + 1].first_task) ++u;
+        const PreparedUnit& unit = prepared[u];
+        const std::size_t group = task - unit.first_task;
+        const Packed& m = unit.unit->gate_up;
         float gate[kMaxTile * kRows], up[kMaxTile * kRows], product[kMaxTile][kGroup];
-        for (std::size_t t = 0; t < units[u].count; t += kMaxTile) {
-            const std::size_t now = std::min(kMaxTile, units[u].count - t);
-            const Rounded in = gathered.row(first_row[u] + t);
+        for (std::size_t t = 0; t < unit.unit->count; t += kMaxTile) {
+            const std::size_t now = std::min(kMaxTile, unit.unit->count - t);
+            const Rounded in = unit.x.from(t);
             for (std::size_t b = 0; b < kBlocksOf64; ++b) {
-                const std::size_t block = 2 * (task * kBlocksOf64 + b);
+                const std::size_t block = 2 * (group * kBlocksOf64 + b);
                 run_block(kernels, m, block, in, now, gate);
                 run_block(kernels, m, block + 1, in, now, up);
                 for (std::size_t i = 0; i < now; ++i) kernels.swiglu(gate + i * kRows, up + i * kRows, product[i] + b * kRows);
             }
-            for (std::size_t i = 0; i < now; ++i) {
-                const Rounded row = inner_row(u, t + i);
-                kernels.round(product[i], const_cast<std::int8_t*>(row.values) + task * kGroup,
-                              const_cast<float*>(row.scales) + task, const_cast<std::int32_t*>(row.sums) + task);
-            }
+            for (std::size_t i = 0; i < now; ++i) unit.inner.round_group(product[i], t + i, group, kernels);
         }
     });
 
-    // Down, a range of row blocks per task over all units: the task owns those outputs, so sums need no lock and no second pass.
+    // Down, one row block per task over all units: the task owns those outputs, so sums need no lock and no second pass.
     const std::size_t blocks = round_up(hidden, kRows) / kRows;
     parallel_for(blocks, [&](std::size_t block) {
         const std::size_t row = block * kRows, width = std::min(kRows, hidden - row);
@@ -198,14 +240,13 @@ void packed_ffn(const float* x, std::size_t tokens, std::size_t hidden, const Ff
             }
         }
         float tile[kMaxTile * kRows];
-        for (std::size_t u = 0; u < num_units; ++u) {
-            for (std::size_t t = 0; t < units[u].count; t += kMaxTile) {
-                const std::size_t now = std::min(kMaxTile, units[u].count - t);
-                run_block(kernels, units[u].down, block, inner_row(u, t), now, tile);
+        for (const PreparedUnit& unit : prepared) {
+            for (std::size_t t = 0; t < unit.unit->count; t += kMaxTile) {
+                const std::size_t now = std::min(kMaxTile, unit.unit->count - t);
+                run_block(kernels, unit.unit->down, block, unit.inner.from(t), now, tile);
                 for (std::size_t i = 0; i < now; ++i) {
-                    const std::size_t token = units[u].tokens == nullptr ? t + i : static_cast<std::size_t>(units[u].tokens[t + i]);
-                    const float weight = units[u].weights == nullptr ? 1.0f : units[u].weights[t + i];
-                    float* out = y + token * hidden + row;
+                    const float weight = unit.weight(t + i);
+                    float* out = y + unit.token(t + i) * hidden + row;
                     for (std::size_t r = 0; r < width; ++r) out[r] += weight * tile[i * kRows + r];
                 }
             }
@@ -221,14 +262,20 @@ void packed_row(const Packed& m, std::size_t row, float* y) {
     for (std::size_t column = 0; column < m.columns; ++column) {
         const std::size_t g = column / kGroup, c = column % kGroup;
         const std::uint8_t* group = weights + g * m.group_bytes();
-        int value;
+        int code;
         if (m.bits == 8) {
-            value = group[c / 4 * 64 + 4 * r + c % 4] - kOffset8;
+            code = group[c / 4 * 64 + 4 * r + c % 4];
         } else {
             const std::uint8_t byte = group[c / 8 * 64 + 4 * r + c % 4];
-            value = (c % 8 < 4 ? byte & 15 : byte >> 4) - kOffset4;
+            code = c % 8 < 4 ? byte & 15 : byte >> 4;
         }
-        y[column] = static_cast<float>(value) * half_to_float(scales[g / m.groups_per_scale * kRows + r]);
+        if (m.minima) {
+            const std::uint16_t* set = scales + column / kHalf * 2 * kRows + r;
+            y[column] = static_cast<float>(code) * half_to_float(set[0]) + half_to_float(set[kRows]);
+        } else {
+            const int value = code - (m.bits == 8 ? kOffset8 : kOffset4);
+            y[column] = static_cast<float>(value) * half_to_float(scales[g / m.groups_per_scale * kRows + r]);
+        }
     }
 }
 

@@ -22,6 +22,7 @@ from ernie45.checkpoint.index import write_sharded
 from ernie45.checkpoint.layout import gguf_layout
 from ernie45.config.model import ModelConfig
 from ernie45.config.reader import config_to_json
+from ernie45.kernels.packed import ROWS, PackedFormat
 from ernie45.quant.folder import PackedStatement
 from ernie45.quant.plan import packing_plan
 from ernie45.quant.scheme import Scheme
@@ -43,9 +44,7 @@ def write_packed(
     """Write a packed checkpoint of random weights. Raises: CheckpointError if `folder` exists; CapacityError."""
     plan = packing_plan(config, scheme)
     names = [entry for parameter in plan.packed for entry in parameter.tensors()]
-    bits = {f"{p.name}.packed": p.format.bits for p in plan.packed} | {
-        f"{p.name}.scales": p.format.bits for p in plan.packed
-    }
+    formats = {name: p.format for p in plan.packed for name, _, _ in p.tensors()}
     names += [(name, torch.float32, shape) for name, shape in plan.plain.items()]
     total = sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in names)
     statement = PackedStatement(
@@ -56,7 +55,7 @@ def write_packed(
     with atomic_folder(folder) as partial:
         with write_sharded(partial, names, max_shard_bytes=_SHARD_BYTES) as writer:
             for name, dtype, shape in names:
-                tensor = _drawn(name, dtype, shape, bits.get(name, 0), generator)
+                tensor = _drawn(name, dtype, shape, formats.get(name), generator)
                 writer.write(name, tensor)
                 done += tensor.numel() * dtype.itemsize
                 if progress is not None:
@@ -64,15 +63,20 @@ def write_packed(
         (partial / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
 
 
-def _drawn(name: str, dtype: torch.dtype, shape: tuple[int, ...], bits: int, generator: torch.Generator) -> Tensor:
-    if dtype == torch.uint8:
+def _drawn(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], format: PackedFormat | None, generator: torch.Generator
+) -> Tensor:
+    if format is not None and dtype == torch.uint8:
         count = torch.Size(shape).numel()
         words = torch.empty(-(-count // 8), dtype=torch.int64).random_(generator=generator)
         drawn = words.view(torch.uint8)[:count].view(shape)
         # The byte 0 stands for -128, which no quantizer writes.
-        return drawn.clamp_(min=1) if bits == 8 else drawn
-    if dtype == torch.float16:
-        return torch.full(shape, _SPREAD / _CODE_SPREAD[bits], dtype=torch.float16)
+        return drawn.clamp_(min=1) if format.bits == 8 else drawn
+    if format is not None:
+        scales = torch.full(shape, _SPREAD / _CODE_SPREAD[format.bits], dtype=torch.float16)
+        if format.has_minima:  # 16 scales and 16 minima take turns
+            scales.view(-1, 2, ROWS)[:, 1] *= -7.5
+        return scales
     if name.endswith("norm.weight") or (".mtp_" in name and "norm" in name):
         return torch.ones(shape)
     return torch.empty(shape).normal_(0, _SPREAD, generator=generator)

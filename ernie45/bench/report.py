@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from ernie45 import __version__
 from ernie45.bench.measure import Figure
-from ernie45.errors import NotFoundError
+from ernie45.checkpoint.atomic import atomic_write_bytes
+from ernie45.errors import NotFoundError, UsageError
 from ernie45.kernels.native import status
+
+_PLOT_FORMATS = (".png", ".svg")
 
 
 def facts() -> dict[str, Any]:
@@ -52,37 +57,66 @@ def table(figures: Sequence[Figure], rivals: Sequence[Figure], peer: str | None)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def check_plot(path: Path) -> None:
+    """Whether `save_plot` can write there: asked before minutes of measuring.
+
+    Raises: UsageError for a name that is neither .png nor .svg; NotFoundError without the folder or without matplotlib.
+    """
+    if path.suffix not in _PLOT_FORMATS:
+        raise UsageError(f"a plot is saved as {' or '.join(_PLOT_FORMATS)}, not as {path.name!r}")
+    if not path.parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.parent} for the plot {path.name}: make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise NotFoundError("a plot needs matplotlib: pip install matplotlib")
+
+
 def save_plot(
     path: Path, figures: Sequence[Figure], rivals: Sequence[Figure], peer: str | None, about: Mapping[str, Any]
 ) -> None:
-    """Bars of tokens per second with the bound as a line each. Raises: NotFoundError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise NotFoundError(f"a plot needs matplotlib ({error}): pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """Bars of tokens per second from zero on, decode above prefill, with spread, bound and peer. Raises: as `check_plot`."""
+    check_plot(path)
+    from matplotlib.figure import Figure as Canvas
 
-    by_case = {(f.what, f.context, f.batch): f.tokens_per_s for f in rivals}
-    figure, axes = pyplot.subplots(figsize=(1.6 * len(figures) + 2, 4.5))
-    for at, measured in enumerate(figures):
-        axes.bar(at - 0.2, measured.tokens_per_s, 0.4, color="#2a6f97", label="ernie45" if at == 0 else None)
-        rival = by_case.get((measured.what, measured.context, measured.batch))
-        if rival:
-            axes.bar(at + 0.2, rival, 0.4, color="#c9ada7", label=peer if at == 0 else None)
-        if measured.bound_tokens_per_s:
-            label = "memory bound" if at == 0 else ""
-            axes.hlines(
-                measured.bound_tokens_per_s, at - 0.45, at + 0.45, colors="#9b2226", linestyles="--", label=label
+    groups = [group for what in ("decode", "prefill") if (group := [f for f in figures if f.what == what])]
+    rows = [len(group) for group in groups]
+    canvas = Canvas(figsize=(8, 1.9 + 0.7 * sum(rows)), layout="constrained")
+    panels = canvas.subplots(len(groups), squeeze=False, height_ratios=rows)[:, 0]
+    for axes, group in zip(panels, groups, strict=True):
+        _draw_bars(axes, group, rivals, peer)
+    panels[-1].set_xlabel("tokens per second (all sequences)")
+    canvas.suptitle(f"{about['model']}, {about['weights']}\n{about['cpu']}", fontsize=10)
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    names = [name for name in ("ernie45", str(peer), "memory bound") if name in handles]
+    canvas.legend([handles[name] for name in names], names, loc="outside lower center", ncols=3, fontsize=9)
+    image = BytesIO()
+    canvas.savefig(image, format=path.suffix[1:], dpi=120)
+    atomic_write_bytes(path, image.getvalue())
+
+
+def _draw_bars(axes: Any, group: Sequence[Figure], rivals: Sequence[Figure], peer: str | None) -> None:
+    by_case = {(f.what, f.context, f.batch): f for f in rivals}
+    pairs = [(figure, by_case.get((figure.what, figure.context, figure.batch))) for figure in group]
+    for at, (figure, rival) in enumerate(pairs):
+        height = 0.7 if rival is None else 0.35
+        bars = [(figure, "ernie45", "#2a6f97", at if rival is None else at - height / 2)]
+        bars += [(rival, str(peer), "#c9ada7", at + height / 2)] if rival is not None else []
+        for shown, label, colour, y in bars:
+            speed = shown.tokens_per_s
+            spread = [[speed - shown.low], [shown.high - speed]]
+            axes.barh(y, speed, height, color=colour, label=label, xerr=spread, ecolor="#444444", capsize=2)
+            # Behind the bar, because a short one has no room inside; on white, because the bound's line may run there.
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            place: Any = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{speed:.1f}", (shown.high, y), fontsize=9, bbox=box, **place)
+        if figure.bound_tokens_per_s:
+            axes.vlines(
+                figure.bound_tokens_per_s, at - 0.42, at + 0.42, colors="#9b2226", linestyles="--", label="memory bound"
             )
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(figures)), [_case(f).replace(", ", "\n") for f in figures])
-    axes.set_ylabel("tokens per second (all sequences)")
-    axes.set_title(f"{about['model']}, {about['weights']}\n{about['cpu']}", fontsize=10)
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    axes.set_yticks(range(len(pairs)), [_case(figure) for figure, _ in pairs])
+    axes.set_ylim(len(pairs) - 0.5, -0.5)
+    axes.set_xlim(0, 1.1 * axes.get_xlim()[1])
 
 
 def _case(figure: Figure) -> str:

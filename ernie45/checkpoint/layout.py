@@ -37,7 +37,7 @@ class Stored:
 
     name: str
     shape: tuple[int, ...]
-    """As stored."""
+    """As stored; of a quantized tensor, as it is once dequantized."""
     parts: tuple[Part, ...]
     transposed: bool = False
     """Stored as [in, out] while the network holds [out, in]."""

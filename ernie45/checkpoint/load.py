@@ -39,9 +39,9 @@ def load_model(
 ) -> CausalLM:
     """Load a checkpoint for inference, in evaluation mode, without gradients.
 
-    Args: path: a -PT, -Paddle or packed folder, or a GGUF file (dequantized). dtype: `float32`, `bfloat16`, `float16`,
-            or `auto` for the dtype that the file holds; packed weights compute in float32. device: where the weights
-            go. progress: called with bytes read and bytes in all.
+    Args: path: a -PT, -Paddle or packed folder, or a GGUF file; what Paddle or llama.cpp quantized is dequantized.
+            dtype: `float32`, `bfloat16`, `float16`, or `auto` for the dtype that the file holds; packed weights compute
+            in float32. device: where the weights go. progress: called with bytes read and bytes in all.
     Returns: the network; its `load_account` says what became of every tensor of the file.
     Raises: NotFoundError, ConfigError, CheckpointError (missing or unexpected tensors, wrong shapes, damaged files),
         CapacityError if the weights do not fit into memory.

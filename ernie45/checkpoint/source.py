@@ -1,4 +1,5 @@
-"""Where weights come from: a -PT or -Paddle folder, a GGUF file, or a network in memory, behind one interface.
+"""Where weights come from: a -PT or -Paddle folder, plain or quantized by Paddle, a GGUF file, or a network in memory,
+behind one interface.
 
 A source answers one question: what is in this box of that parameter? Loading fills the network's boxes from it,
 converting fills the boxes of another layout's tensors from it, one tensor at a time.
@@ -13,16 +14,26 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ernie45.checkpoint.gguf import GGUFFile, read_gguf, read_gguf_tensor
+from ernie45.checkpoint.gguf import GGUFFile, GGUFTensor, read_gguf, read_gguf_tensor
 from ernie45.checkpoint.gguf_config import config_from_gguf
 from ernie45.checkpoint.index import open_folder
 from ernie45.checkpoint.layout import Box, Part, Stored, gguf_layout, paddle_layout, pt_layout
-from ernie45.checkpoint.safetensors import TensorEntry, read_into, read_tensor
+from ernie45.checkpoint.prequantized import (
+    Bits,
+    check_scale_dtype,
+    check_size,
+    dequantize,
+    is_linear,
+    read_statement,
+    row_unit,
+    stored_shape,
+)
+from ernie45.checkpoint.safetensors import TensorEntry, read_into, read_tensor, shown_value
 from ernie45.config.model import ModelConfig
 from ernie45.config.reader import load_config_json, parse_config
 from ernie45.errors import CheckpointError, NotFoundError
@@ -40,6 +51,8 @@ _LEFT_OUT = (
     ),
 )
 _MAX_LISTED = 6
+_CODES, _STEPS = "quant_weight", "weight_scale"
+_Entry = TypeVar("_Entry", TensorEntry, GGUFTensor)
 
 
 @dataclass(frozen=True)
@@ -134,21 +147,25 @@ class SafetensorsSource(Source):
 
     def __init__(self, folder: Path) -> None:
         data, where = load_config_json(folder)
-        if data.get("quantization_config"):
-            raise CheckpointError(
-                f"{folder}: the weights are quantized ({str(data['quantization_config'])[:80]}); this version reads "
-                "float32, bfloat16 and float16 folders and GGUF files"
-            )
         self.config = parse_config(data, where)
         self.where = str(folder)
         self.index = open_folder(folder)
         self.format = "paddle" if any(name.startswith("ernie.") for name in self.index.entries) else "pt"
         if self.config.num_nextn_predict_layers and not any(".mtp_" in name for name in self.index.entries):
             self._drop_mtp()
-        super().__init__((paddle_layout if self.format == "paddle" else pt_layout)(self.config))
+        super().__init__(self._make_layout(data.get("quantization_config"), where))
         self.account = self._make_account()
         self.account.check(self.where)
-        self._check_shapes()
+        for stored in self.layout:
+            self._check_entry(stored)
+
+    def _make_layout(self, stated: object, where: str) -> list[Stored]:
+        """The tensors that the folder should hold. `stated`: what the config says of quantization; `where` says it."""
+        return (paddle_layout if self.format == "paddle" else pt_layout)(self.config)
+
+    def _wanted(self) -> set[str]:
+        """Names of all tensors that loading reads."""
+        return {stored.name for stored in self.layout}
 
     def _drop_mtp(self) -> None:
         # transformers drops these tensors whenever it saves a model; the main network does not need them.
@@ -159,8 +176,7 @@ class SafetensorsSource(Source):
     """The config promises a multi-token prediction block, the files hold none of its tensors."""
 
     def _make_account(self) -> LoadAccount:
-        wanted = {stored.name for stored in self.layout}
-        left_out = {}
+        wanted, left_out = self._wanted(), {}
         for name in self.index.entries.keys() - wanted:
             reason = next((reason for pattern, reason in _LEFT_OUT if pattern.fullmatch(name)), None)
             if name == "lm_head.weight" and self.config.tie_word_embeddings:
@@ -192,36 +208,25 @@ class SafetensorsSource(Source):
             )
         return "equal to the embedding, which is the head"
 
-    def _check_shapes(self) -> None:
-        for stored in self.layout:
-            entry = self.index.entries[stored.name]
-            squeezed = stored.name.endswith("e_score_correction_bias") and entry.shape == stored.shape[-1:]
-            if entry.shape != stored.shape and not squeezed:
-                raise CheckpointError(
-                    f"{self.where}: {stored.name} has shape {list(entry.shape)}, "
-                    f"config.json calls for {list(stored.shape)}"
-                )
-            if not _value_entry(entry).dtype.is_floating_point or _value_entry(entry).dtype.itemsize == 1:
-                raise CheckpointError(
-                    f"{self.where}: {stored.name} is stored as {entry.stored_dtype}, expected a floating-point type of "
-                    "16 bits or more"
-                )
+    def _check_entry(self, stored: Stored) -> None:
+        entry = self.index.entries[stored.name]
+        squeezed = stored.name.endswith("e_score_correction_bias") and entry.shape == stored.shape[-1:]
+        if entry.shape != stored.shape and not squeezed:
+            raise CheckpointError(
+                f"{self.where}: {stored.name} has shape {list(entry.shape)}, config.json calls for {list(stored.shape)}"
+            )
+        if not _value_entry(entry).dtype.is_floating_point or _value_entry(entry).dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{self.where}: {stored.name} is stored as {entry.stored_dtype}, expected a floating-point type of "
+                "16 bits or more"
+            )
 
     def entry(self, stored: Stored) -> TensorEntry:
         """Where the tensor lies on disk; bfloat16 bits stored as U16 are bfloat16."""
         return replace(_value_entry(self.index.entries[stored.name]), shape=stored.shape)
 
     def read(self, stored: Stored, rows: tuple[int, int] | None = None) -> Tensor:
-        entry = self.entry(stored)
-        if rows is not None:
-            row_bytes = entry.size_bytes // entry.shape[0]
-            entry = replace(
-                entry,
-                shape=(rows[1] - rows[0], *entry.shape[1:]),
-                offset=entry.offset + rows[0] * row_bytes,
-                size_bytes=(rows[1] - rows[0]) * row_bytes,
-            )
-        return _oriented(read_tensor(entry), stored)
+        return _oriented(read_tensor(_row_range(self.entry(stored), rows)), stored)
 
     def read_straight(self, stored: Stored, out: Tensor) -> bool:
         """Read the file's bytes directly into `out` where dtype and order agree; False if they do not."""
@@ -238,6 +243,91 @@ class SafetensorsSource(Source):
 
     def stored_dtype(self, stored: Stored) -> torch.dtype:
         return self.entry(stored).dtype
+
+
+class PrequantizedSource(SafetensorsSource):
+    """A -Paddle folder whose linear layers were quantized before publishing (`prequantized.py`); dequantizes.
+
+    A linear layer may also be stored as a plain weight; which it is, is what the files hold.
+    """
+
+    def _make_layout(self, stated: object, where: str) -> list[Stored]:
+        if self.format != "paddle":
+            raise CheckpointError(
+                f"{where}: the weights are quantized ({shown_value(stated)}); read are float32, bfloat16 and float16 "
+                "folders, -Paddle folders in wint8 and wint4, folders that `ernie quantize` wrote, and GGUF files"
+            )
+        self._statement = read_statement(stated, where)
+        if not any(name.endswith(f".{_CODES}") for name in self.index.entries):
+            raise CheckpointError(
+                f"{where}: quantization_config is {shown_value(stated)}, but the files hold no tensor *.{_CODES}: if "
+                "their weights are not quantized, set its is_quantized to false"
+            )
+        self._bits: dict[str, Bits] = {}
+        return [self._quantized(stored) for stored in super()._make_layout(stated, where)]
+
+    @property
+    def weight_formats(self) -> str:
+        """The formats of the quantized weights, for people: `wint8`, `wint8 and wint4`."""
+        return " and ".join(f"wint{bits}" for bits in sorted(set(self._bits.values()), reverse=True))
+
+    def read(self, stored: Stored, rows: tuple[int, int] | None = None) -> Tensor:
+        bits = self._bits.get(stored.name)
+        if bits is None:
+            return super().read(stored, rows)
+        order, (total, columns) = self._statement.order, stored.shape
+        first, end = rows or (0, total)
+        unit = row_unit(bits, order) or total
+        start, stop = first // unit * unit, -(-end // unit) * unit
+        entry = self.index.entries[stored.name]
+        if (start, stop) != (0, total):
+            entry = _row_range(entry, (start * entry.shape[0] // total, stop * entry.shape[0] // total))
+        scale = read_tensor(_value_entry(self.index.entries[_scale_name(stored)]))[start:stop]
+        where = f"{entry.file}: {stored.name}"
+        return dequantize(read_tensor(entry), scale, columns, bits, order, where)[first - start : end - start]
+
+    def reads_straight(self, stored: Stored, out: Tensor) -> bool:
+        return stored.name not in self._bits and super().reads_straight(stored, out)
+
+    def stored_dtype(self, stored: Stored) -> torch.dtype:
+        return torch.float32 if stored.name in self._bits else super().stored_dtype(stored)
+
+    def _wanted(self) -> set[str]:
+        return {stored.name for stored in self.layout} | {
+            _scale_name(stored) for stored in self.layout if stored.name in self._bits
+        }
+
+    def _quantized(self, stored: Stored) -> Stored:
+        """The tensor of codes in place of a plain weight, in the orientation of the network, which `read` returns."""
+        if stored.name in self.index.entries or not is_linear(stored.name):
+            return stored
+        name = stored.name.removesuffix("weight") + _CODES
+        columns, rows = stored.shape
+        entry, order = self.index.entries.get(name), self._statement.order
+        allowed = self._statement.bits_of(stored.name, self.config.moe.moe_num_experts if self.config.moe else 0)
+        fitting = [b for b in allowed if entry is not None and entry.shape == stored_shape(rows, columns, b, order)]
+        self._bits[name] = (fitting or allowed)[0]
+        return replace(stored, name=name, shape=(rows, columns), transposed=False)
+
+    def _check_entry(self, stored: Stored) -> None:
+        bits = self._bits.get(stored.name)
+        if bits is None:
+            super()._check_entry(stored)
+            return
+        (rows, columns), order = stored.shape, self._statement.order
+        codes, scale = self.index.entries[stored.name], self.index.entries[_scale_name(stored)]
+        check_size(rows, columns, bits, order, f"{codes.file}: {stored.name}")
+        expected = stored_shape(rows, columns, bits, order)
+        if codes.dtype != torch.int8 or codes.shape != expected:
+            raise CheckpointError(
+                f"{codes.file}: {stored.name} is {codes.stored_dtype} {list(codes.shape)}, config.json calls for I8 "
+                f"{list(expected)}: wint{bits} of {rows} outputs and {columns} inputs in {order} order. Both are stated in "
+                "quantization_config, see docs/checkpoints.md"
+            )
+        where = f"{scale.file}: {scale.name}"
+        check_scale_dtype(_value_entry(scale).dtype, scale.stored_dtype, where)
+        if scale.shape != (rows,):
+            raise CheckpointError(f"{where} has shape {list(scale.shape)}, expected one step per output: [{rows}]")
 
 
 class GgufSource(Source):
@@ -276,15 +366,7 @@ class GgufSource(Source):
                 )
 
     def read(self, stored: Stored, rows: tuple[int, int] | None = None) -> Tensor:
-        tensor = self.file.tensors[stored.name]
-        if rows is not None:
-            row_bytes = tensor.size_bytes // tensor.shape[0]
-            tensor = replace(
-                tensor,
-                shape=(rows[1] - rows[0], *tensor.shape[1:]),
-                offset=tensor.offset + rows[0] * row_bytes,
-                size_bytes=(rows[1] - rows[0]) * row_bytes,
-            )
+        tensor = _row_range(self.file.tensors[stored.name], rows)
         return _oriented(read_gguf_tensor(self.file, tensor, dtype=self.stored_dtype(stored)), stored)
 
     def stored_dtype(self, stored: Stored) -> torch.dtype:
@@ -324,8 +406,8 @@ class ModuleSource(Source):
 
 
 def open_source(path: str | Path) -> SafetensorsSource | GgufSource | PackedSource:
-    """Open the weights at a path: a checkpoint folder, plain or packed, or a GGUF file (also a folder that holds one
-    GGUF file alone).
+    """Open the weights at a path: a checkpoint folder, plain, packed or quantized by Paddle, or a GGUF file (also a
+    folder that holds one GGUF file alone).
 
     Everything is validated here but the weights themselves. Raises: NotFoundError, ConfigError, CheckpointError.
     """
@@ -334,7 +416,7 @@ def open_source(path: str | Path) -> SafetensorsSource | GgufSource | PackedSour
         ggufs = sorted(path.glob("*.gguf"))
         if len(ggufs) == 1 and not (path / "config.json").exists():
             return GgufSource(ggufs[0])
-        return _open_packed(path) if _is_packed(path) else SafetensorsSource(path)
+        return _open_folder(path)
     if path.suffix == ".gguf" and path.is_file():
         return GgufSource(path)
     raise NotFoundError(
@@ -342,21 +424,42 @@ def open_source(path: str | Path) -> SafetensorsSource | GgufSource | PackedSour
     )
 
 
-def _is_packed(folder: Path) -> bool:
-    """Whether the folder's weights were packed by this package."""
+def _open_folder(folder: Path) -> SafetensorsSource | PackedSource:
     stated = load_config_json(folder)[0].get("quantization_config")
-    return isinstance(stated, dict) and stated.get("quant_method") == "ernie45"
+    if isinstance(stated, dict) and stated.get("quant_method") == "ernie45":
+        # The one look upwards, here and in load.py: whoever opens a folder need not know that it is packed.
+        from ernie45.quant.folder import PackedSource
+
+        return PackedSource(folder)
+    return PrequantizedSource(folder) if _states_quantized_files(stated) else SafetensorsSource(folder)
 
 
-def _open_packed(folder: Path) -> PackedSource:
-    # The one look upwards, here and in load.py: whoever opens a folder need not know that it is packed.
-    from ernie45.quant.folder import PackedSource
-
-    return PackedSource(folder)
+def _states_quantized_files(stated: object) -> bool:
+    """Whether the files are quantized; with `is_quantized` false, Paddle asks for quantizing plain ones when loading."""
+    if isinstance(stated, dict) and stated.get("is_quantized") is False:
+        return bool(stated.get("is_moe_quantized"))
+    return bool(stated)
 
 
 def _value_entry(entry: TensorEntry) -> TensorEntry:
     return entry.as_bfloat16() if entry.stored_dtype == "U16" else entry
+
+
+def _scale_name(codes: Stored) -> str:
+    return codes.name.removesuffix(_CODES) + _STEPS
+
+
+def _row_range(entry: _Entry, rows: tuple[int, int] | None) -> _Entry:
+    """The part of a tensor on disk that holds these rows of its first dimension."""
+    if rows is None:
+        return entry
+    row_bytes = entry.size_bytes // entry.shape[0]
+    return replace(
+        entry,
+        shape=(rows[1] - rows[0], *entry.shape[1:]),
+        offset=entry.offset + rows[0] * row_bytes,
+        size_bytes=(rows[1] - rows[0]) * row_bytes,
+    )
 
 
 def _oriented(tensor: Tensor, stored: Stored) -> Tensor:

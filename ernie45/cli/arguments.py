@@ -42,6 +42,14 @@ def _json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print data as JSON")
 
 
+def _kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kernels",
+        choices=("native", "reference"),
+        help="reference runs everything in plain PyTorch (default: native where it is installed)",
+    )
+
+
 def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="name, folder or .gguf file (default: smollm2-135m)")
     parser.add_argument(
@@ -71,7 +79,14 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     thinking.add_argument("--no-think", dest="thinking", action="store_false", help="answer without thinking")
     parser.add_argument("--raw", action="store_true", help="continue the prompt as it stands, without chat template")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype to compute in (auto: the file's)")
+    parser.add_argument(
+        "--kv-dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="dtype of the cached keys and values (auto: bfloat16 with packed weights, else the dtype computed in)",
+    )
     parser.add_argument("--device", default="cpu", metavar="DEVICE", help="torch device, such as cpu or cuda")
+    _kernels(parser)
     parser.add_argument("--json", action="store_true", help="print the whole answer with ids, seed and usage as JSON")
 
 
@@ -121,8 +136,8 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
         "--group-size",
         type=int,
         metavar="N",
-        help="columns that share a scale, a multiple of 64, 0 for one per channel; of the 4-bit matrices (default 64), "
-        "with wint8 of all (default 0)",
+        help="columns that share a scale, of the 4-bit matrices, or with wint8 of all: a multiple of 64 (default), 0 for one "
+        "per channel, or for 4 bits 32, a scale and a minimum (default of 4-bit matrices that are no experts)",
     )
     parser.add_argument("--calibrate", metavar="FILE", help="text whose statistics steer the rounding (GPTQ)")
     parser.add_argument("-o", "--output", metavar="DIR", help="folder to write (default: MODEL-SCHEME in the store)")
@@ -162,7 +177,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements per figure (default 3)")
     parser.add_argument("--peer", choices=("llama.cpp", "transformers"), help="measure this program as well")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype to compute in (auto: the file's)")
-    parser.add_argument("--kernels", choices=("native", "reference"), help="force the kernels")
+    _kernels(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture, .png or .svg")
     _json(parser)
 

@@ -12,20 +12,27 @@ import ernie45
 from ernie45.bench import peers
 from ernie45.bench.measure import Figure, measure, measure_bandwidth, peak_memory_bytes
 from ernie45.bench.random_weights import write_packed
-from ernie45.bench.report import facts, save_plot, table
+from ernie45.bench.report import check_plot, facts, save_plot, table
 from ernie45.cli.output import ProgressBar, human_bytes, note, print_facts, print_json
 from ernie45.errors import UsageError
-from ernie45.kernels.choice import describe, use_kernels
+from ernie45.kernels.choice import describe, kernels
 from ernie45.quant.scheme import make_scheme
 from ernie45.store.location import resolve
 
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, save."""
-    if options.kernels is not None:
-        use_kernels(options.kernels)
+    with kernels(options.kernels, why=f"--kernels {options.kernels}"):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     if (options.model is None) == (options.shape is None):
         raise UsageError("give a MODEL, or --shape NAME --scheme SCHEME for random weights of a published size")
+    if not (options.contexts or options.prompts or max(options.batches, default=1) > 1):
+        raise UsageError("there is nothing to measure: give --contexts, --prompts, or --batches above 1")
+    if options.plot is not None:
+        check_plot(options.plot)
     if options.model is not None:
         return _bench(resolve(options.model), options)
     if options.folder is not None and (options.folder / "config.json").is_file():

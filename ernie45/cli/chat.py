@@ -16,10 +16,13 @@ from typing import Any
 import ernie45
 from ernie45.cli.conversation import Conversation, limited
 from ernie45.cli.output import ProgressBar, note, print_json, shown
-from ernie45.engine.reference import Piece, Prompt, prompt_ids
+from ernie45.engine.reference import Piece, Prompt, prompt_ids, room_for_answer
 from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
+from ernie45.kernels.choice import kernels
+from ernie45.models.build import parse_dtype
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
+from ernie45.store.api import load_config
 from ernie45.store.location import DEFAULT_MODEL, resolve
 
 # What generation_config.json may preset, by our names.
@@ -31,15 +34,22 @@ _MODEL_LIKE = re.compile(r"[A-Za-z0-9_./-]{1,128}|[./~].{1,1024}")
 
 def run(options: argparse.Namespace) -> int:
     """Check what was asked for, load the model, then answer once or converse."""
+    with kernels(options.kernels, why=f"--kernels {options.kernels}"):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     path, prompt = _model_and_prompt(options)
     if prompt is None and not _is_terminal():
         prompt = sys.stdin.read() if sys.stdin is not None else ""
     _check(options, prompt)
     sampling = _sampling(path, options)
     tokenizer = ernie45.load_tokenizer(path)
-    # Encoding before loading: a prompt that cannot be expressed fails at once, not after minutes of reading weights.
+    # Encoding before loading: a prompt that cannot be expressed or does not fit fails at once, not after minutes of
+    # reading weights.
     first = prompt if prompt is not None and options.raw else _messages(options.system, prompt or "?")
     ids = _encode(tokenizer, first, options.thinking)
+    room_for_answer(len(ids), sampling.max_tokens, load_config(path).max_position_embeddings)
     model = _load(path, options)
     if prompt is None:
         return Conversation(model, tokenizer, sampling, options.system, options.thinking).run()
@@ -124,6 +134,8 @@ def _load(path: Path, options: argparse.Namespace) -> CausalLM:
     start = time.monotonic()
     with ProgressBar() as bar:
         model = ernie45.load_model(path, options.dtype, options.device, progress=bar.stage("loading"))
+    if options.kv_dtype != "auto":
+        model.kv_dtype = parse_dtype(options.kv_dtype)
     if sys.stderr.isatty():
         note(f"{path.name}: loaded in {time.monotonic() - start:.1f} s as {str(model.dtype).removeprefix('torch.')}")
     return model

@@ -1,6 +1,7 @@
 """`ernie doctor`: what is installed, what the machine offers, what to fix.
 
-Exit code 1 only if nothing can run as it is: a required package is missing, or the store cannot be written. Advice (no
+Exit code 1 only if nothing can run as it is: a required package is missing, the store cannot be written, or a variable asks
+for kernels that there are not. Advice (no
 compiled kernels, no default model, a nearly full disk) leaves it at 0.
 """
 
@@ -13,11 +14,14 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ernie45 import __version__
 from ernie45.cli.output import human_bytes, print_facts, print_json
+from ernie45.errors import ConfigError
+from ernie45.kernels import choice
 from ernie45.kernels.native import status
 from ernie45.store.location import DEFAULT_MODEL, home, installed
 
@@ -34,8 +38,10 @@ def run(options: argparse.Namespace) -> int:
     store = home()
     existing = next(folder for folder in (store, *store.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    native = status()
+    native, in_use = status(), _kernels_in_use()
     broken = _broken(packages, torch_facts, store, existing)
+    if in_use["error"]:
+        broken.append(in_use["error"])
     data = {
         "ernie45": __version__,
         "python": platform.python_version(),
@@ -43,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         "packages": packages,
         "cpu": {"features": list(native.features), "logical_cores": os.cpu_count(), **native.cpu},
         "torch": torch_facts,
-        "kernels": {"native": native.available, "reason": native.reason},
+        "kernels": {"native": native.available, "reason": native.reason, "in_use": in_use},
         "memory_bytes": memory,
         "memory_available_bytes": available,
         "store": str(store),
@@ -71,6 +77,8 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("CPU", f"{data['cpu']['logical_cores']} logical cores, torch uses {torch_facts['threads']} threads"),
         ("CPU features", " ".join(data["cpu"]["features"]) or "unknown without the native module"),
         ("kernels", f"native module {'found' if kernels['native'] else 'not found'}: {kernels['reason']}"),
+        ("in use", kernels["in_use"]["line"]),
+        *_instruction_sets(kernels["in_use"]),
         ("CUDA", "available" if torch_facts["cuda"] else "not available"),
         ("memory", f"{human_bytes(data['memory_available_bytes'])} available of {human_bytes(data['memory_bytes'])}"),
         ("disk", f"{human_bytes(data['disk_free_bytes'])} free in {data['store']}"),
@@ -78,6 +86,22 @@ def _facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     fixes = data["to_fix"] or ["nothing"]
     return facts + [("to fix" if i == 0 else "", line) for i, line in enumerate(fixes)]
+
+
+def _instruction_sets(in_use: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not in_use["compiled"]:
+        return []
+    lacking = [isa for isa in in_use["compiled"] if isa not in in_use["supported"]]
+    runs = f"this CPU lacks {', '.join(lacking)}" if lacking else "this CPU runs them all"
+    return [("instruction sets", f"compiled for {', '.join(in_use['compiled'])}; {runs}")]
+
+
+def _kernels_in_use() -> dict[str, Any]:
+    """`choice.KernelsInUse` with the line that tells it, or the error that keeps kernels from running."""
+    try:
+        return {**asdict(choice.in_use()), "line": choice.describe(), "error": None}
+    except ConfigError as error:
+        return {"compiled": (), "supported": (), "line": f"none: {error}", "error": str(error)}
 
 
 def _broken(

@@ -128,6 +128,22 @@ def prompt_ids(
     return ids
 
 
+def room_for_answer(num_prompt: int, max_tokens: int | None, limit: int) -> int:
+    """Tokens that a context of `limit` leaves behind a prompt. Raises: RequestError if the request does not fit."""
+    room = limit - num_prompt
+    if room < 1:
+        raise RequestError(
+            f"prompt has {num_prompt} tokens, the model's context holds {limit}: shorten the prompt to {limit - 1} tokens "
+            "or fewer, so that an answer has room"
+        )
+    if max_tokens is not None and max_tokens > room:
+        raise RequestError(
+            f"prompt has {num_prompt} tokens and max_tokens is {max_tokens}, the model's context holds {limit}: "
+            f"shorten the prompt, or lower max_tokens to {room}"
+        )
+    return room
+
+
 @dataclass
 class _Sequence:
     """One prompt on its way to an output."""
@@ -141,12 +157,7 @@ class _Sequence:
 
     def __post_init__(self) -> None:
         limit, vocab = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        room = limit - len(self.prompt)
-        if room < 1 or (self.params.max_tokens or 1) > room:
-            raise RequestError(
-                f"prompt has {len(self.prompt)} tokens and max_tokens is {self.params.max_tokens}, the model's context "
-                f"holds {limit}: shorten the prompt or lower max_tokens"
-            )
+        room = room_for_answer(len(self.prompt), self.params.max_tokens, limit)
         if min(self.prompt) < 0 or max(self.prompt) >= vocab:
             raise RequestError(
                 f"prompt holds token ids from {min(self.prompt)} to {max(self.prompt)}, "

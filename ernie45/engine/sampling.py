@@ -91,10 +91,14 @@ class SamplingParams:
             )
 
     def _check_range(self, name: str, low: float, high: float) -> None:
+        """Whole bounds ask for a whole number."""
         value = getattr(self, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or not low <= value <= high:
-            raise RequestError(f"{name} is {value!r}, expected a number from {low:g} to {high:g}")
+        whole = isinstance(low, int)
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not low <= value <= high:
+            # Not :g for whole numbers, which would round a limit of 2147483648 to 2.14748e+09.
+            bounds = f"a whole number from {low} to {high}" if whole else f"a number from {low:g} to {high:g}"
+            raise RequestError(f"{name} is {value!r}, expected {bounds}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ShapeError
+from ernie45.kernels.check import check_tensor
 from ernie45.kernels.choice import native
 
 MAX_HEAD_DIM = 256
@@ -83,7 +84,7 @@ class Sequences:
             ("lengths", self.lengths_B, count),
             ("pages", self.pages_BP, (*count, self.pages_BP.shape[-1])),
         ):
-            _check_tensor("Sequences", name, tensor, shape, torch.int32)
+            check_tensor("Sequences", name, tensor, shape, torch.int32)
         fresh, lengths = self.fresh_B.tolist(), self.lengths_B.tolist()
         if any(not 0 <= new <= length for new, length in zip(fresh, lengths, strict=True)):
             raise ShapeError(f"[Sequences] expected new tokens between 0 and the length, got {fresh} of {lengths}")
@@ -268,7 +269,7 @@ def _check_pages(where: str, store: KvPages, length: int, pages: Tensor) -> None
 def _check_q(q_TND: Tensor, stores: tuple[KvPages, ...], sequences: Sequences) -> None:
     num_groups, dim = stores[0].keys_PGWD.shape[1], stores[0].keys_PGWD.shape[3]
     num_heads = q_TND.shape[1] if q_TND.ndim == 3 else 0
-    _check_tensor("attention", "q", q_TND, (sequences.num_tokens, num_heads, dim), torch.float32)
+    check_tensor("attention", "q", q_TND, (sequences.num_tokens, num_heads, dim), torch.float32)
     if num_heads == 0 or num_heads % num_groups:
         raise ShapeError(
             f"[attention] expected query heads in equal groups over {num_groups} key heads, got {num_heads}"
@@ -285,8 +286,8 @@ def _check_qkv(
 ) -> None:
     num_groups, dim = stores[0].keys_PGWD.shape[1], stores[0].keys_PGWD.shape[3]
     num_tokens = sequences.num_tokens
-    _check_tensor(operation, "qkv", qkv, (num_tokens, (num_heads + 2 * num_groups) * dim), torch.float32)
-    _check_tensor(operation, "rotation", rotation_TJ, (num_tokens, dim // 2), torch.complex64)
+    check_tensor(operation, "qkv", qkv, (num_tokens, (num_heads + 2 * num_groups) * dim), torch.float32)
+    check_tensor(operation, "rotation", rotation_TJ, (num_tokens, dim // 2), torch.complex64)
 
 
 def _check_store(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, strides: tuple[int, ...]) -> None:
@@ -294,14 +295,5 @@ def _check_store(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtyp
     if not fits or tensor.stride()[-len(strides) :] != strides:
         raise ShapeError(
             f"[KvPages] {name}: expected {dtype} of shape {tuple(shape)} on the CPU, its last strides {strides}, got "
-            f"{tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-        )
-
-
-def _check_tensor(operation: str, name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    fits = tuple(tensor.shape) == shape and tensor.dtype == dtype and tensor.device.type == "cpu"
-    if not fits or not tensor.is_contiguous():
-        raise ShapeError(
-            f"[{operation}] {name}: expected a contiguous {dtype} tensor of shape {shape} on the CPU, got "
             f"{tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
         )

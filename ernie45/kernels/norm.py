@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ShapeError
+from ernie45.kernels.check import check_tensor
 from ernie45.kernels.choice import native
 
 
@@ -64,16 +65,7 @@ def add_rms_norm_reference(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, 
 
 def _check(operation: str, x_TH: Tensor, weight_H: Tensor, residual_TH: Tensor | None = None) -> None:
     width = x_TH.shape[-1] if x_TH.ndim else 0
-    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("x", x_TH, (len(x_TH) if x_TH.ndim else 0, width)),
-        ("weight", weight_H, (width,)),
-    ]
+    check_tensor(operation, "x", x_TH, (len(x_TH) if x_TH.ndim else 0, width))
+    check_tensor(operation, "weight", weight_H, (width,))
     if residual_TH is not None:
-        expected.append(("residual", residual_TH, tuple(x_TH.shape)))
-    for name, tensor, shape in expected:
-        fits = tuple(tensor.shape) == shape and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-        if not fits or not tensor.is_contiguous():
-            raise ShapeError(
-                f"[{operation}] {name}: expected a contiguous float32 tensor of shape {shape} on the CPU, got "
-                f"{tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-            )
+        check_tensor(operation, "residual", residual_TH, tuple(x_TH.shape))

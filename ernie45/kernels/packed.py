@@ -1,10 +1,11 @@
 """Packed matrices: 8- or 4-bit weights in the order in which the kernels stream them, and the products with them.
 
-Shape letters: T tokens, N rows (outputs), K columns (inputs), G groups of 64 columns, S weight-scale sets.
+Shape letters: T tokens, N rows (outputs), K columns (inputs), G groups of 64 columns, S weight-scale sets. Scales of a matrix are
+(N, S), or (N, S, 2) where every scale comes with a minimum.
 
 Every operation here is a specification in plain PyTorch (`*_reference`), a native twin in `csrc/kernels/packed_ops.cpp`, and a
-function that chooses. Activations are rounded to 8 bits per token and group of 64 columns; a group's product is exact in
-integers, and groups are added in float32 in ascending order. Layout and formula: `csrc/kernels/packed.hpp`.
+function that chooses. Activations are rounded to 8 or 16 bits per token and group of 64 columns; a group's product is exact
+in integers, and groups are added in float32 in ascending order. Layout and formula: `csrc/kernels/packed.hpp`.
 """
 
 from __future__ import annotations
@@ -24,43 +25,66 @@ from ernie45.kernels.choice import native
 ROWS = 16
 """Rows of a block."""
 GROUP = 64
-"""Columns that share an activation scale; weight groups are multiples of it."""
+"""Columns that share an activation scale; weight groups are multiples of it, or a half of it with a minimum."""
+HALF = GROUP // 2
+# 32512 = 127 * 256: the high byte of the value still fits 8 signed bits.
+_LARGEST_ACTIVATION = {8: 127.0, 16: 32512.0}
+_SMALLEST = 1e-30  # groups below it count as zero: the inverse of their scale could overflow
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedFormat:
-    """Width of the weights and how many columns share a scale."""
+    """Width of the weights, how many columns share a scale, and how the activations are rounded that meet them."""
 
     bits: Literal[4, 8]
     group: int
-    """A multiple of 64; 0 = one scale for the whole row."""
+    """A multiple of 64; 0 = one scale for the whole row; 32 with 4 bits: every 32 columns have a scale and a minimum."""
+    activation_bits: Literal[8, 16] = 8
+    """16 loses nothing that counts; 8 is up to twice as fast where arithmetic bounds, as in long prompts."""
 
     def __post_init__(self) -> None:
-        if self.bits not in (4, 8) or self.group < 0 or self.group % GROUP:
+        group_fits = self.has_minima or (self.group >= 0 and self.group % GROUP == 0)
+        if self.bits not in (4, 8) or not group_fits or self.activation_bits not in (8, 16):
             raise ShapeError(
-                f"packed format has {self.bits} bits in groups of {self.group}: expected 4 or 8 and a multiple of 64"
+                f"packed format has {self.bits} bits in groups of {self.group} and activations of {self.activation_bits} "
+                "bits: expected 4 or 8, a multiple of 64 (or 32 with 4 bits), 8 or 16"
             )
 
     @property
+    def has_minima(self) -> bool:
+        """Whether weight = (value + 8) * scale + minimum, instead of value * scale."""
+        return self.bits == 4 and self.group == HALF
+
+    @property
+    def smallest(self) -> int:
+        """The smallest quantized value: -8 or -127."""
+        return -8 if self.bits == 4 else -127
+
+    @property
     def largest(self) -> int:
-        """Largest magnitude of a quantized value in both directions: 7 or 127. 4 bits also hold -8."""
+        """The largest quantized value: 7 or 127."""
         return 2 ** (self.bits - 1) - 1
 
     def columns_per_scale(self, columns: int) -> int:
-        """Columns that share a scale in a matrix of that many columns, a multiple of 64."""
+        """Columns that share a scale in a matrix of that many columns."""
         return self.group or _round_up(columns, GROUP)
 
     def scale_sets(self, columns: int) -> int:
-        """Scales per row."""
-        return -(-columns // self.columns_per_scale(columns))
+        """Scales per row; of each half of the last group where the group is 32."""
+        return -(-_round_up(columns, GROUP) // self.columns_per_scale(columns))
+
+    def scale_shape(self, rows: int, columns: int) -> tuple[int, ...]:
+        """Shape of the scales of a matrix, (N, S) or (N, S, 2)."""
+        shape = (rows, self.scale_sets(columns))
+        return (*shape, 2) if self.has_minima else shape
 
     def weight_bytes(self, rows: int, columns: int) -> int:
         """Bytes of the packed weights, padding included."""
         return _round_up(rows, ROWS) * _round_up(columns, GROUP) * self.bits // 8
 
     def num_scales(self, rows: int, columns: int) -> int:
-        """Number of packed scales, padding included."""
-        return _round_up(rows, ROWS) * self.scale_sets(columns)
+        """Number of packed scales and minima, padding included."""
+        return _round_up(rows, ROWS) * self.scale_sets(columns) * (2 if self.has_minima else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,23 +131,24 @@ class PackedMatrix:
             self.columns,
             self.format.bits,
             self.format.columns_per_scale(self.columns),
+            self.format.activation_bits,
         )
 
 
-def pack(values_NK: Tensor, scales_NS: Tensor, format: PackedFormat) -> PackedMatrix:
+def pack(values_NK: Tensor, scales: Tensor, format: PackedFormat) -> PackedMatrix:
     """Bring quantized values into kernel layout.
 
-    Args: values_NK: int8, within -8 to 7 or -127 to 127. scales_NS: float16, `format.scale_sets(K)` per row.
+    Args: values_NK: int8, within -8 to 7 or -127 to 127. scales: of shape `format.scale_shape`; rounded to float16.
     Raises: ShapeError for values out of range or scales of the wrong shape.
     """
     rows, columns = values_NK.shape
-    low = -8 if format.bits == 4 else -127
-    if values_NK.numel() and (int(values_NK.min()) < low or int(values_NK.max()) > format.largest):
+    if values_NK.numel() and (int(values_NK.min()) < format.smallest or int(values_NK.max()) > format.largest):
         raise ShapeError(
-            f"quantized values run from {int(values_NK.min())} to {int(values_NK.max())}, {format} holds {low} to {format.largest}"
+            f"quantized values run from {int(values_NK.min())} to {int(values_NK.max())}, {format} holds {format.smallest} to "
+            f"{format.largest}"
         )
-    if scales_NS.shape != (rows, format.scale_sets(columns)):
-        raise ShapeError(f"scales have shape {tuple(scales_NS.shape)}, expected {(rows, format.scale_sets(columns))}")
+    if scales.shape != format.scale_shape(rows, columns):
+        raise ShapeError(f"scales have shape {tuple(scales.shape)}, expected {format.scale_shape(rows, columns)}")
     padding = (0, -columns % GROUP, 0, -rows % ROWS)
     codes = (F.pad(values_NK, padding).to(torch.int16) + 2 ** (format.bits - 1)).to(torch.uint8)
     blocks, groups = codes.shape[0] // ROWS, codes.shape[1] // GROUP
@@ -132,7 +157,7 @@ def pack(values_NK: Tensor, scales_NS: Tensor, format: PackedFormat) -> PackedMa
     else:
         planes = codes.view(blocks, ROWS, groups, 8, 2, 4).permute(4, 0, 2, 3, 1, 5)
         ordered = planes[0] | (planes[1] << 4)
-    sets = F.pad(scales_NS, (0, 0, 0, -rows % ROWS)).view(blocks, ROWS, -1).transpose(1, 2)
+    sets = F.pad(scales.flatten(1), (0, 0, 0, -rows % ROWS)).view(blocks, ROWS, -1).transpose(1, 2)
     return PackedMatrix(
         weights=ordered.reshape(-1).contiguous(),
         scales=sets.reshape(-1).to(torch.float16).contiguous(),
@@ -143,7 +168,7 @@ def pack(values_NK: Tensor, scales_NS: Tensor, format: PackedFormat) -> PackedMa
 
 
 def unpack(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
-    """The inverse of `pack`: values int8 (N, K) and scales float16 (N, S)."""
+    """The inverse of `pack`: values int8 (N, K) and scales float16, (N, S) or (N, S, 2)."""
     format = matrix.format
     blocks, groups = _round_up(matrix.rows, ROWS) // ROWS, _round_up(matrix.columns, GROUP) // GROUP
     if format.bits == 8:
@@ -152,23 +177,36 @@ def unpack(matrix: PackedMatrix) -> tuple[Tensor, Tensor]:
         bytes_ = matrix.weights.view(blocks, groups, 8, ROWS, 4)
         codes = torch.stack((bytes_ & 15, bytes_ >> 4)).permute(1, 4, 2, 3, 0, 5)
     values = (codes.reshape(blocks * ROWS, groups * GROUP).to(torch.int16) - 2 ** (format.bits - 1)).to(torch.int8)
-    scales = matrix.scales.view(blocks, -1, ROWS).transpose(1, 2).reshape(blocks * ROWS, -1)
-    return values[: matrix.rows, : matrix.columns].contiguous(), scales[: matrix.rows].contiguous()
+    scales = matrix.scales.view(blocks, -1, ROWS).transpose(1, 2).reshape(blocks * ROWS, -1)[: matrix.rows].contiguous()
+    values = values[: matrix.rows, : matrix.columns].contiguous()
+    return values, scales.view(format.scale_shape(matrix.rows, matrix.columns))
 
 
 def dequantize(matrix: PackedMatrix) -> Tensor:
-    """The matrix in float32, (N, K): value times scale."""
-    values, scales = unpack(matrix)
-    per_scale = matrix.format.columns_per_scale(matrix.columns)
-    return values.float() * scales.float().repeat_interleave(per_scale, dim=1)[:, : matrix.columns]
+    """The matrix in float32, (N, K)."""
+    return restore(*unpack(matrix), matrix.format)
 
 
-def round_activations(x_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to 8 bits per token and group of 64: values float32 (T, G, 64), whole numbers; scales float32 (T, G)."""
+def restore(values_NK: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:
+    """The weights that values and scales stand for, float32 (N, K)."""
+    columns = values_NK.shape[1]
+    per_scale = format.columns_per_scale(columns)
+
+    def of_columns(scales_NS: Tensor) -> Tensor:
+        return scales_NS.float().repeat_interleave(per_scale, dim=1)[:, :columns]
+
+    if format.has_minima:
+        return (values_NK.float() - format.smallest) * of_columns(scales[..., 0]) + of_columns(scales[..., 1])
+    return values_NK.float() * of_columns(scales)
+
+
+def round_activations(x_TK: Tensor, bits: Literal[8, 16] = 8) -> tuple[Tensor, Tensor]:
+    """Round per token and group of 64 columns: values float32 (T, G, 64), whole numbers up to 127 or 32512; scales (T, G)."""
     groups = F.pad(x_TK.float(), (0, -x_TK.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    top = _LARGEST_ACTIVATION[bits]
     largest = groups.abs().amax(-1)
-    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
-    return (groups * inverse[..., None]).round(), largest / 127.0
+    inverse = torch.where(largest >= _SMALLEST, top / largest, 0.0)
+    return (groups * inverse[..., None]).round(), largest / top
 
 
 def linear(
@@ -199,14 +237,23 @@ def linear_reference(
     x_TK: Tensor, matrix: PackedMatrix, bias_N: Tensor | None = None, residual_TN: Tensor | None = None
 ) -> Tensor:
     """What `linear` computes, in PyTorch; differs from the native twin by the rounding of separate multiply and add."""
-    values, x_scales = round_activations(x_TK)
+    values, x_scales = round_activations(x_TK, matrix.format.activation_bits)
+    values = values.double()  # whole numbers up to 2^29 in a group's product: float64 keeps them exact
     weights, w_scales = unpack(matrix)
-    weights = F.pad(weights, (0, -matrix.columns % GROUP)).float()
-    groups_per_scale = matrix.format.columns_per_scale(matrix.columns) // GROUP
+    weights = F.pad(weights, (0, -matrix.columns % GROUP)).double()
     y = torch.zeros(x_TK.shape[0], matrix.rows)
-    for g in range(values.shape[1]):
-        dot = values[:, g] @ weights[:, g * GROUP : (g + 1) * GROUP].T  # whole numbers below 2^24: exact
-        y += dot * (w_scales[:, g // groups_per_scale].float() * x_scales[:, g, None])
+    if matrix.format.has_minima:
+        codes = (weights - matrix.format.smallest).unflatten(1, (-1, HALF))
+        halves = values.unflatten(2, (2, HALF)).flatten(1, 2)
+        for h in range(halves.shape[1]):
+            scale, minimum, x_scale = w_scales[:, h, 0].float(), w_scales[:, h, 1].float(), x_scales[:, h // 2, None]
+            y += (halves[:, h] @ codes[:, h].T).float() * (scale * x_scale)
+            y += minimum * (x_scale * halves[:, h].sum(1, keepdim=True).float())
+    else:
+        groups_per_scale = matrix.format.columns_per_scale(matrix.columns) // GROUP
+        for g in range(values.shape[1]):
+            dot = (values[:, g] @ weights[:, g * GROUP : (g + 1) * GROUP].T).float()
+            y += dot * (w_scales[:, g // groups_per_scale].float() * x_scales[:, g, None])
     if bias_N is not None:
         y += bias_N
     return y if residual_TN is None else y + residual_TN
@@ -233,12 +280,12 @@ def rows_reference(matrix: PackedMatrix, ids: Tensor) -> Tensor:
     """What `rows` computes, block by block of the rows asked for."""
     format, blocks = matrix.format, ids // ROWS
     per_block = matrix.weights.numel() * ROWS // _round_up(matrix.rows, ROWS)
-    sets = format.scale_sets(matrix.columns)
+    halves_per_block = format.num_scales(ROWS, matrix.columns)
     found = []
     for block, row in zip(blocks.tolist(), (ids % ROWS).tolist(), strict=True):
         part = PackedMatrix(
             weights=matrix.weights[block * per_block : (block + 1) * per_block],
-            scales=matrix.scales[block * sets * ROWS : (block + 1) * sets * ROWS],
+            scales=matrix.scales[block * halves_per_block : (block + 1) * halves_per_block],
             rows=ROWS,
             columns=matrix.columns,
             format=format,

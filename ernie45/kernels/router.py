@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ShapeError
+from ernie45.kernels.check import check_tensor
 from ernie45.kernels.choice import native
 
 
@@ -87,16 +88,7 @@ def _check(x_TH: Tensor, gate_EH: Tensor, bias_E: Tensor | None, num_active: int
     num_experts, hidden = gate_EH.shape
     if not 1 <= num_active <= num_experts:
         raise ShapeError(f"[route] expected 1 to {num_experts} experts per token, got {num_active}")
-    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
-        ("x", x_TH, (len(x_TH), hidden)),
-        ("gate", gate_EH, (num_experts, hidden)),
-    ]
+    check_tensor("route", "x", x_TH, (len(x_TH), hidden))
+    check_tensor("route", "gate", gate_EH, (num_experts, hidden))
     if bias_E is not None:
-        expected.append(("bias", bias_E, (num_experts,)))
-    for name, tensor, shape in expected:
-        fits = tuple(tensor.shape) == shape and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
-        if not fits or not tensor.is_contiguous():
-            raise ShapeError(
-                f"[route] {name}: expected a contiguous float32 tensor of shape {shape} on the CPU, got "
-                f"{tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-            )
+        check_tensor("route", "bias", bias_E, (num_experts,))

@@ -48,6 +48,8 @@ class AttentionCore(nn.Module):
         outputs = []
         parts = (tensor.split(view.lengths) for tensor in (q_TND, k_TGD, v_TGD))
         for q, k, v, cache in zip(*parts, view.caches, strict=True):
+            # A cache of another dtype rounds, and every chunk of a prompt must see what later steps will see.
+            k, v = (fresh.to(cache.dtype).to(fresh.dtype) for fresh in (k, v))  # noqa: PLW2901
             if cache.length == 0:
                 cache.write(self.layer_idx, k, v)
                 outputs.append(self._without_cache(q, k, v, (len(q),)))
@@ -68,6 +70,7 @@ class AttentionCore(nn.Module):
         """Queries of the last T of S tokens; a group's query heads become rows, so its keys are read once."""
         num_new, num_all = q_TND.shape[0], k_GSD.shape[1]
         num_groups = k_GSD.shape[0]
+        k_GSD, v_GSD = k_GSD.to(q_TND.dtype), v_GSD.to(q_TND.dtype)
         rows = q_TND.unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3).flatten(1, 2)  # (G, R * T, D)
         mask = None
         if num_new > 1:

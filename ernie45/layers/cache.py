@@ -44,6 +44,11 @@ class KVCache:
         return self._store.shape[3]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of stored keys and values."""
+        return self._store.dtype
+
+    @property
     def bytes_per_value(self) -> int:
         """Width of one stored key or value."""
         return self._store.element_size()

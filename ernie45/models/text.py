@@ -74,7 +74,10 @@ class TextModel(nn.Module):
         super().__init__()
         self.config = config
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.embed_tokens = nn.Embedding(config.vocab_size, hidden, dtype=dtype)
+        # From an empty table: nn.Embedding's own draws normal numbers, which on the meta device imports torch's compiler (1.4 s).
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, hidden, dtype=dtype), freeze=False
+        )
         self.layers = nn.ModuleList(DecoderLayer(config, i, dtype) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(hidden, eps, dtype)
         depths = range(config.num_nextn_predict_layers)
@@ -160,7 +163,7 @@ class CausalLM(nn.Module):
     """A language model: the decoder and its head. The head is a call of its own, so logits exist only where needed."""
 
     kv_dtype: torch.dtype | None = None
-    """Dtype of caches; None = that of the activations. Kernel leaves take float32 and bfloat16 whatever these are."""
+    """Dtype of new caches, float32 or bfloat16 whatever the activations are; None = that of the activations."""
     load_account: Any = None
     """What became of every tensor of the file that the weights came from: a `checkpoint.source.LoadAccount`."""
 

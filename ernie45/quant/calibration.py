@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ernie45.checkpoint.source import Source
 from ernie45.errors import ShapeError
 from ernie45.kernels.router import Routing
 from ernie45.layers.cache import AttentionView
@@ -27,6 +26,7 @@ from ernie45.layers.moe import Experts
 from ernie45.layers.rope import rotary_rotation
 from ernie45.models.text import DecoderLayer
 from ernie45.quant.plan import PackedParameter
+from ernie45.quant.weights import Weights
 
 CHUNK_TOKENS = 512
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+?)(?:\.weight)?")
@@ -64,8 +64,8 @@ class _Moments:
 class Calibrator:
     """Gives the statistics of any matrix of a decoder layer; goes through the layers once, in order."""
 
-    def __init__(self, source: Source, calibration: Calibration) -> None:
-        self._source, self._config = source, source.config
+    def __init__(self, weights: Weights, calibration: Calibration) -> None:
+        self._weights, self._config = weights, weights.config
         chunks = calibration.chunks_CT
         if int(chunks.max()) >= self._config.vocab_size or int(chunks.min()) < 0:
             raise ShapeError(
@@ -145,12 +145,12 @@ class Calibrator:
             layer = DecoderLayer(self._config, idx, torch.float32)
         layer.to_empty(device="cpu")
         for name, tensor in layer.state_dict().items():
-            self._source.fill(tensor, f"model.layers.{idx}.{name}", ())
+            self._weights.fill(tensor, f"model.layers.{idx}.{name}", ())
         return layer.requires_grad_(False).eval()
 
     def _embed(self) -> list[Tensor]:
         table = torch.empty(self._config.vocab_size, self._config.hidden_size)
-        self._source.fill(table, "model.embed_tokens.weight", ())
+        self._weights.fill(table, "model.embed_tokens.weight", ())
         return [F.embedding(chunk_T, table) for chunk_T in self._chunks]
 
 

@@ -1,10 +1,10 @@
 """A packed checkpoint folder: what its `config.json` states, and its tensors, mapped from disk or dequantized.
 
 The folder looks like any other: `config.json`, safetensors shards with their index, tokenizer. `quantization_config`
-there holds `{"quant_method": "ernie45", "version": 1, "scheme": name, "formats": [{"pattern", "bits", "group"}],
-"tool": version of this package, "calibration": what statistics came from, or null}`. Tensors carry the names of the
-network's parameters: `X.packed` (uint8, kernel layout, 64-byte aligned) and `X.scales` (float16) for a packed one, `X`
-for any other. See docs/quantization.md.
+there holds `{"quant_method": "ernie45", "version": 1, "scheme": name, "formats": [{"pattern", "bits", "group",
+"activation_bits"}], "tool": version of this package, "calibration": what statistics came from, or null}`. Tensors carry
+the names of the network's parameters: `X.packed` (uint8, kernel layout, 64-byte aligned) and `X.scales` (float16) for a
+packed one, `X` for any other. See docs/quantization.md.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ernie45.errors import CapacityError
 from ernie45.kernels.packed import PackedFormat
-from ernie45.quant.rounding import Quantized, find_scales, measured, quantize, round_to
+from ernie45.quant.rounding import Quantized, find_scales, measured, quantize, round_to, value_of
 
 _BLOCK = 64  # columns whose corrections are applied to the rest of the matrix in one product
 _DAMPING = 0.01  # of the mean diagonal of H
@@ -34,22 +34,21 @@ def gptq(weights_NK: Tensor, hessian_KK: Tensor, format: PackedFormat) -> Quanti
     work = weights_NK.clone()
     values = torch.empty(weights_NK.shape, dtype=torch.int8)
     per_scale = format.columns_per_scale(num_columns)
-    scales = []
+    block = min(_BLOCK, per_scale)
     # One scale for the whole row is needed before any column is final: it comes from the search over the whole row.
-    whole_row = per_scale >= num_columns
-    scale_N = quantize(weights_NK, format, importance_K).scales_NS[:, 0].float() if whole_row else work[:, 0]
-    for start in range(0, num_columns, _BLOCK):
-        end = min(start + _BLOCK, num_columns)
-        if start % per_scale == 0:
-            if not whole_row:
-                group = slice(start, min(start + per_scale, num_columns))
-                scale_N = find_scales(work[:, group], format, importance_K[group])
-            scales.append(scale_N)
+    whole_row = per_scale >= num_columns and not format.has_minima
+    scales = quantize(weights_NK, format, importance_K).scales.float()
+    for start in range(0, num_columns, block):
+        end = min(start + block, num_columns)
+        group = start // per_scale
+        if start % per_scale == 0 and not whole_row:
+            columns = slice(start, min(start + per_scale, num_columns))
+            scales[:, group] = find_scales(work[:, columns], format, importance_K[columns])
         errors = _round_block(
-            work[:, start:end], values[:, start:end], factor_KK[start:end, start:end], scale_N, format
+            work[:, start:end], values[:, start:end], factor_KK[start:end, start:end], scales[:, group], format
         )
         work[:, end:] -= errors @ factor_KK[start:end, end:]
-    return measured(weights_NK, values, torch.stack(scales, dim=1).half(), format)
+    return measured(weights_NK, values, scales.half(), format)
 
 
 def inverse_factor(hessian_KK: Tensor) -> Tensor:
@@ -68,15 +67,13 @@ def inverse_factor(hessian_KK: Tensor) -> Tensor:
     raise CapacityError(f"calibration gave no usable input statistics (mean square {mean}): use another, longer text")
 
 
-def _round_block(
-    work_NB: Tensor, values_NB: Tensor, factor_BB: Tensor, scale_N: Tensor, format: PackedFormat
-) -> Tensor:
+def _round_block(work_NB: Tensor, values_NB: Tensor, factor_BB: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:
     """Round the columns of a block in order, in place; returns each column's error over its pivot, (N, B)."""
     columns = work_NB.T.contiguous()  # a column is then one run of memory
     errors = torch.empty_like(columns)
     for i in range(len(columns)):
-        rounded = round_to(columns[i], scale_N, format)
-        values_NB[:, i] = rounded.to(torch.int8)
-        errors[i] = (columns[i] - rounded * scale_N) / factor_BB[i, i]
+        rounded_N1 = round_to(columns[i, :, None], scales, format)
+        values_NB[:, i] = rounded_N1[:, 0].to(torch.int8)
+        errors[i] = (columns[i] - value_of(rounded_N1, scales, format)[:, 0]) / factor_BB[i, i]
         columns[i + 1 :].addr_(factor_BB[i, i + 1 :], errors[i], alpha=-1)
     return errors.T

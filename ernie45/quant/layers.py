@@ -1,6 +1,6 @@
 """Leaves that compute with packed weights, and the one function that puts them into a network.
 
-Activations are float32; the kernels round them to 8 bits per token and 64 columns. The matrices are plain attributes,
+Activations are float32; the kernels round them to 8 or 16 bits per token and 64 columns. The matrices are plain attributes,
 not parameters: they are views of a mapped file that no `to()` or `state_dict()` may touch.
 
 Shape letters: T tokens, N rows, K columns, H hidden, V vocabulary.
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -105,12 +104,7 @@ class PackedEmbedding(nn.Module):
 
 
 class PackedLmHead(nn.Module):
-    """Logits from a packed matrix: its own, or the embedding's.
-
-    The states go in twice, rounded to 8 bits and as what that rounding left over: about 15 bits in all. Measured, the
-    head alone lost as much to rounded activations as all other layers together; the second row meets weights that are
-    in the cache already.
-    """
+    """Logits from a packed matrix: its own, or the embedding's."""
 
     def __init__(self, matrix: PackedMatrix | None, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -118,12 +112,7 @@ class PackedLmHead(nn.Module):
 
     def forward(self, normed_TH: Tensor, embedding: PackedMatrix) -> Tensor:
         """(T, H) -> (T, V)."""
-        values_TGC, scales_TG = packed.round_activations(normed_TH)
-        rest_TH = normed_TH - (values_TGC * scales_TG[..., None]).flatten(1)[:, : normed_TH.shape[1]]
-        # Row by row, so that both halves of a token share a pass over the weights.
-        rows = torch.stack((normed_TH, rest_TH), dim=1).flatten(0, 1)
-        logits_TV = packed.linear(rows, self.matrix or embedding).unflatten(0, (-1, 2)).sum(1)
-        return logits_TV if self.bias is None else logits_TV + self.bias
+        return packed.linear(normed_TH.contiguous(), self.matrix or embedding, self.bias)
 
 
 def swap_leaves(model: nn.Module, tensors: Mapping[str, Matrices]) -> None:

@@ -66,14 +66,20 @@ class Quality:
         from io import BytesIO
 
         figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot(xlabel="position in the chunk", ylabel="KL divergence (nats per token)")
+        axes = figure.add_subplot(xlabel="tokens before it in the chunk", ylabel="KL divergence (nats per token)")
         width = max(1, len(self.kl_by_position) // _BINS)
-        means = [mean for part in torch.tensor(self.kl_by_position).split(width) for mean in [float(part.mean())]]
-        axes.plot([i * width for i in range(len(means))], means)
+        parts = torch.tensor(self.kl_by_position).split(width)
+        middles = [1 + i * width + (len(part) - 1) / 2 for i, part in enumerate(parts)]
+        label = f"mean of {width} positions" if width > 1 else "each position"
+        axes.plot(middles, [float(part.mean()) for part in parts], label=label)
+        axes.axhline(self.kl_mean, color="#9b2226", linestyle="--", label=f"mean of all {self.kl_mean:.3g}")
         axes.set_title(
-            f"perplexity {self.perplexity_reference:.3f} → {self.perplexity:.3f} ({self.perplexity_change:+.2%}), "
-            f"same first choice {self.same_best_token:.1%}"
+            f"perplexity {self.perplexity_reference:.3f} → {self.perplexity:.3f} ({self.perplexity_change:+.2%})\n"
+            f"same first choice {self.same_best_token:.1%}, {self.tokens:,} tokens",
+            fontsize=10,
         )
+        axes.legend()
+        axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
         image = BytesIO()
         figure.savefig(image, format="png", dpi=120)
@@ -93,19 +99,12 @@ def chunks_of(tokenizer: Encoder, text: str, *, tokens: int = CHUNK_TOKENS, limi
     return torch.tensor(ids[: num_chunks * tokens], dtype=torch.int64).view(num_chunks, tokens)
 
 
-def compare(
-    reference: CausalLM, model: CausalLM, tokenizer: Encoder, text: str, *, limit: int | None = None
-) -> Quality:
-    """Measure a model against the one it was made from on a text, in plain chunks of 512 tokens.
-
-    Args: limit: most chunks to use. Raises: RequestError for a short text; ShapeError for other vocabularies.
-    """
-    return compare_chunks(reference, model, chunks_of(tokenizer, text, limit=limit))
-
-
 @torch.inference_mode()
-def compare_chunks(reference: CausalLM, model: CausalLM, chunks_CT: Tensor) -> Quality:
-    """`compare` on token ids, int64 (C, T), with at least two tokens per chunk."""
+def compare(reference: CausalLM, model: CausalLM, chunks_CT: Tensor) -> Quality:
+    """Measure a model against the one it was made from on chunks of a text, int64 (C, T) with T from 2 on.
+
+    Raises: ShapeError for other chunks, or models with different vocabularies.
+    """
     if reference.config.vocab_size != model.config.vocab_size:
         raise ShapeError(f"vocabularies of {reference.config.vocab_size} and {model.config.vocab_size} tokens differ")
     if chunks_CT.ndim != 2 or chunks_CT.shape[1] < 2 or not len(chunks_CT):

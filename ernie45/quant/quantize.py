@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ernie45 import __version__
 from ernie45.checkpoint.load import Progress
-from ernie45.checkpoint.source import GgufSource, SafetensorsSource, Source, open_source
+from ernie45.checkpoint.source import GgufSource, SafetensorsSource, open_source
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES
 from ernie45.config.reader import config_to_json
 from ernie45.errors import CheckpointError, UsageError
@@ -25,6 +25,7 @@ from ernie45.quant.plan import PackedParameter, PackingPlan, packing_plan
 from ernie45.quant.rounding import quantize
 from ernie45.quant.scheme import Scheme, make_scheme
 from ernie45.quant.smoothing import smooth
+from ernie45.quant.weights import Weights
 from ernie45.quant.work import Plan, WorkFolder
 
 REPORT_NAME = "quantization.json"
@@ -43,7 +44,7 @@ class QuantizationReport:
     bits_per_weight: float
     """Of all weights of the network, scales included."""
     tensors: dict[str, dict[str, Any]]
-    """By parameter: bits, group, relative_error (Frobenius norms), method, and with calibration its coverage."""
+    """By parameter: bits, group, activation_bits, relative_error (Frobenius norms), method, and with calibration its coverage."""
 
     def worst(self, count: int = 5) -> list[tuple[str, float]]:
         """Parameters with the largest relative errors."""
@@ -88,7 +89,7 @@ def quantize_checkpoint(
     identity = {"source": _fingerprint(source), "statement": statement.to_json()}
     with WorkFolder(Path(dst), shards, identity, resume=resume, overwrite=overwrite) as work:
         if not work.published:
-            weights: Source = source if calibration is None else smooth(source, calibration)
+            weights: Weights = source if calibration is None else smooth(source, calibration)
             calibrator = None if calibration is None else Calibrator(weights, calibration)
             tensors = _fill(work, weights, plan, calibrator, progress)
             work.publish(_small_files(source, statement, tensors) | dict(extra_files or {}))
@@ -97,7 +98,7 @@ def quantize_checkpoint(
 
 def _fill(
     work: WorkFolder,
-    source: Source,
+    source: Weights,
     plan: PackingPlan,
     calibrator: Calibrator | None,
     progress: Progress | None,
@@ -131,7 +132,7 @@ def _fill(
 
 def _pack_parameter(
     work: WorkFolder,
-    source: Source,
+    source: Weights,
     parameter: PackedParameter,
     calibrator: Calibrator | None,
     report: Callable[[int], None],
@@ -146,7 +147,7 @@ def _pack_parameter(
         hessian = None if calibrator is None else calibrator.hessian(parameter, i)
         format = parameter.format
         result = quantize(weights, format) if hessian is None else gptq(weights, hessian, format)
-        values, scales = result.values_NK, result.scales_NS
+        values, scales = result.values_NK, result.scales
         if parameter.interleaved:
             values, scales = interleave_gate_up(values), interleave_gate_up(scales)
         matrix = pack(values, scales, format)
@@ -157,6 +158,7 @@ def _pack_parameter(
     facts = {
         "bits": parameter.format.bits,
         "group": parameter.format.group,
+        "activation_bits": parameter.format.activation_bits,
         "method": "gptq" if coverage else "search",
         "relative_error": (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
         **coverage,
@@ -165,7 +167,7 @@ def _pack_parameter(
 
 
 def _read(
-    work: WorkFolder, source: Source, name: str, expert: int | None, *, shape: tuple[int, ...], dtype: torch.dtype
+    work: WorkFolder, source: Weights, name: str, expert: int | None, *, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """One matrix or small tensor; what can never be read ends the run and leaves nothing behind."""
     weights = torch.empty(shape if expert is None else (1, *shape), dtype=dtype)
@@ -199,7 +201,7 @@ def _shards(source: SafetensorsSource | GgufSource, plan: PackingPlan) -> list[P
     return [*shards, current]
 
 
-def _plain_batches(source: Source, plan: PackingPlan) -> dict[str, dict[str, int]]:
+def _plain_batches(source: Weights, plan: PackingPlan) -> dict[str, dict[str, int]]:
     """Small tensors with their sizes, in batches: bringing each to the disk on its own would take long."""
     batches: dict[str, dict[str, int]] = {}
     filled = _BATCH_BYTES

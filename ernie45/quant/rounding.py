@@ -3,25 +3,29 @@
 For every group of columns that shares a scale, candidates are tried: the plain one (largest magnitude over 7 or 127),
 shrunk ones (clip a few large weights, resolve the many small ones), for 4 bits both signs (the format holds -8 to 7: a
 negative scale puts -8 on a positive extreme), and then the least-squares scale of the best rounding, which is rounded
-again. The plain candidate is always among them, so that no group gets worse. Scales are float16 from the start.
+again. Where a scale comes with a minimum, the plain candidate spans smallest to largest weight, the others shrink that
+span, and least squares fits both. The plain candidate is always among them, so that no group gets worse. Scales and
+minima are float16 from the start.
 
-Shape letters: N rows, K columns, S scale sets, C columns per scale.
+Shape letters: N rows, K columns, S scale sets, C columns per scale. Scales are (..., S), or (..., S, 2) with minima.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ernie45.kernels.packed import PackedFormat
+from ernie45.kernels.packed import PackedFormat, restore
 
 _F16_MAX = 65504.0
 # What the group's extreme is mapped to, in steps of the scale. Beyond the format's end it is clipped.
 _EXTREMES_4 = (*(s * (6.0 + 0.5 * i) for i in range(9) for s in (1.0, -1.0)), -11.0, 11.0)
 _EXTREMES_8 = tuple(127.0 * (1 + 0.04 * i) for i in range(1, 6))
+_SPANS = tuple(1 - 0.025 * i for i in range(1, 13))  # of the range from smallest to largest, where there is a minimum
 _REFINEMENTS = 2
 _CHUNK_VALUES = 1 << 19  # 2 MiB of float32 per temporary: it stays in cache and bounds the memory
 
@@ -32,8 +36,8 @@ class Quantized:
 
     values_NK: Tensor
     """int8."""
-    scales_NS: Tensor
-    """float16."""
+    scales: Tensor
+    """float16, of shape `format.scale_shape`."""
     squared_error: float
     """Sum of squared differences to the weights."""
     squared_norm: float
@@ -55,83 +59,145 @@ def quantize(weights_NK: Tensor, format: PackedFormat, importance_K: Tensor | No
     step = max(1, _CHUNK_VALUES // max(groups_NSC[0].numel() if len(groups_NSC) else 1, 1))
     chunks = [_round_groups(chunk, importance_SC, format) for chunk in groups_NSC.split(step)]
     num_rows, num_columns = weights_NK.shape
-    values = torch.cat([values for values, _ in chunks]) if chunks else groups_NSC.to(torch.int8)
+    values = torch.cat([values for values, _ in chunks]) if chunks else groups_NSC
     scales = (
-        torch.cat([scales for _, scales in chunks]) if chunks else groups_NSC.new_empty(0, groups_NSC.shape[1]).half()
+        torch.cat([scales for _, scales in chunks])
+        if chunks
+        else groups_NSC.new_empty(format.scale_shape(0, num_columns))
     )
-    return measured(weights_NK, values.flatten(1)[:num_rows, :num_columns].contiguous(), scales, format)
+    values_NK = values.to(torch.int8).flatten(1)[:num_rows, :num_columns].contiguous()
+    return measured(weights_NK, values_NK, scales.half(), format)
 
 
 def quantize_absmax(weights_NK: Tensor, format: PackedFormat) -> Quantized:
-    """Plain rounding: each scale maps the largest magnitude to 7 or 127. The yardstick for `quantize`."""
+    """Plain rounding: each group's extremes map to the ends of the format. The yardstick for `quantize`."""
     groups_NSC, _ = _grouped(weights_NK, format, None)
-    scales_NS = _as_f16(groups_NSC.abs().amax(-1) / format.largest)
-    values = round_to(groups_NSC, scales_NS[..., None], format).to(torch.int8)
-    return measured(weights_NK, values.flatten(1)[:, : weights_NK.shape[1]].contiguous(), scales_NS.half(), format)
+    scales = _plain_scales(groups_NSC, format)
+    values = round_to(groups_NSC, scales, format).to(torch.int8)
+    return measured(weights_NK, values.flatten(1)[:, : weights_NK.shape[1]].contiguous(), scales.half(), format)
 
 
 def find_scales(groups_NC: Tensor, format: PackedFormat, importance_C: Tensor) -> Tensor:
-    """Scales of one group of columns, float32 (N,) that float16 holds exactly."""
-    _, scales_NS = _round_groups(groups_NC[:, None], importance_C[None], format)
-    return scales_NS[:, 0].float()
+    """Scales of one group of columns, float32 (N,) or (N, 2) that float16 holds exactly."""
+    _, scales = _round_groups(groups_NC[:, None], importance_C[None], format)
+    return scales[:, 0]
 
 
 def round_to(weights: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:
-    """The nearest values of a format, whole numbers in float32; a scale of zero gives zeros."""
-    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
-    return (weights * inverse).round_().clamp_(-8 if format.bits == 4 else -127, format.largest)
+    """The nearest values of a format, whole numbers in float32; a scale of zero gives the value that stands for the minimum or 0.
+
+    Args: weights: (..., C). scales: (...), or (..., 2) with minima.
+    """
+    scale, minimum = _parts(scales, format)
+    inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
+    if minimum is None:
+        return (weights * inverse).round_().clamp_(format.smallest, format.largest)
+    return ((weights - minimum) * inverse).round_().clamp_(0, format.largest - format.smallest).add_(format.smallest)
 
 
-def measured(weights_NK: Tensor, values_NK: Tensor, scales_NS: Tensor, format: PackedFormat) -> Quantized:
+def value_of(values: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:
+    """The weights that values stand for, of the shapes of `round_to`."""
+    scale, minimum = _parts(scales, format)
+    return values * scale if minimum is None else (values - format.smallest) * scale + minimum
+
+
+def _parts(scales: Tensor, format: PackedFormat) -> tuple[Tensor, Tensor | None]:
+    if format.has_minima:
+        return scales[..., :1], scales[..., 1:]
+    return scales[..., None], None
+
+
+def measured(weights_NK: Tensor, values_NK: Tensor, scales: Tensor, format: PackedFormat) -> Quantized:
     """Values and scales with the error that they make, summed in float64."""
     squared_error, squared_norm = 0.0, 0.0
-    per_scale = format.columns_per_scale(weights_NK.shape[1])
     step = max(1, _CHUNK_VALUES // max(weights_NK.shape[1], 1))
     for start in range(0, weights_NK.shape[0], step):
         rows = slice(start, start + step)
-        wide = scales_NS[rows].float().repeat_interleave(per_scale, dim=1)[:, : weights_NK.shape[1]]
-        difference = torch.addcmul(weights_NK[rows], values_NK[rows].float(), wide, value=-1)
+        difference = weights_NK[rows] - restore(values_NK[rows], scales[rows], format)
         squared_error += float(difference.double().square().sum())
         squared_norm += float(weights_NK[rows].double().square().sum())
-    return Quantized(values_NK=values_NK, scales_NS=scales_NS, squared_error=squared_error, squared_norm=squared_norm)
+    return Quantized(values_NK=values_NK, scales=scales, squared_error=squared_error, squared_norm=squared_norm)
 
 
 def _grouped(weights_NK: Tensor, format: PackedFormat, importance_K: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, S, C) and (S, C); the padding weighs nothing."""
-    per_scale = format.columns_per_scale(weights_NK.shape[1])
-    padding = (0, -weights_NK.shape[1] % per_scale)
-    importance = weights_NK.new_ones(weights_NK.shape[1]) if importance_K is None else importance_K
+    columns = weights_NK.shape[1]
+    per_scale = format.columns_per_scale(columns)
+    padding = (0, format.scale_sets(columns) * per_scale - columns)
+    importance = weights_NK.new_ones(columns) if importance_K is None else importance_K
     return F.pad(weights_NK, padding).unflatten(1, (-1, per_scale)), F.pad(importance, padding).view(-1, per_scale)
 
 
-def _round_groups(groups_NSC: Tensor, importance_SC: Tensor, format: PackedFormat) -> tuple[Tensor, Tensor]:
-    """Values int8 (N, S, C) and scales float16 (N, S) of the best candidate of every group."""
-    magnitude_NS, where_NS = groups_NSC.abs().max(-1)
-    extreme_NS = groups_NSC.gather(-1, where_NS[..., None])[..., 0]
-    best_scale = _as_f16(magnitude_NS / format.largest)
-    best_values = round_to(groups_NSC, best_scale[..., None], format)
-    best_error = _weighted_error(groups_NSC, best_values, best_scale, importance_SC)
+def _plain_scales(groups_NSC: Tensor, format: PackedFormat) -> Tensor:
+    if format.has_minima:
+        smallest, largest = groups_NSC.aminmax(dim=-1)
+        return _as_f16(torch.stack(((largest - smallest) / (format.largest - format.smallest), smallest), dim=-1))
+    return _as_f16(groups_NSC.abs().amax(-1) / format.largest)
 
-    def consider(scale_NS: Tensor) -> None:
-        nonlocal best_scale, best_values, best_error
-        values = round_to(groups_NSC, scale_NS[..., None], format)
-        error = _weighted_error(groups_NSC, values, scale_NS, importance_SC)
+
+def _round_groups(groups_NSC: Tensor, importance_SC: Tensor, format: PackedFormat) -> tuple[Tensor, Tensor]:
+    """Values (N, S, C) and scales, both float32, of the best candidate of every group."""
+    best_scales = _plain_scales(groups_NSC, format)
+    best_values = round_to(groups_NSC, best_scales, format)
+    best_error = _weighted_error(groups_NSC, best_values, best_scales, importance_SC, format)
+
+    def consider(scales: Tensor) -> None:
+        nonlocal best_scales, best_values, best_error
+        values = round_to(groups_NSC, scales, format)
+        error = _weighted_error(groups_NSC, values, scales, importance_SC, format)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale_NS, best_scale)
+        best_scales = torch.where(better[..., None] if format.has_minima else better, scales, best_scales)
         best_values = torch.where(better[..., None], values, best_values)
 
-    for steps in _EXTREMES_4 if format.bits == 4 else _EXTREMES_8:
-        consider(_as_f16(extreme_NS / steps))
+    for scales in _candidates(groups_NSC, format):
+        consider(scales)
     for _ in range(_REFINEMENTS):
-        weighted = best_values * importance_SC
-        power = (weighted * best_values).sum(-1)
-        consider(_as_f16(torch.where(power > 0, (weighted * groups_NSC).sum(-1) / power, best_scale)))
-    return best_values.to(torch.int8), best_scale.half()
+        fit = _fit_line if format.has_minima else _fit_scale
+        consider(fit(groups_NSC, best_values, best_scales, importance_SC))
+    return best_values, best_scales
 
 
-def _weighted_error(groups_NSC: Tensor, values: Tensor, scale_NS: Tensor, importance_SC: Tensor) -> Tensor:
-    difference = torch.addcmul(groups_NSC, values, scale_NS[..., None], value=-1)
+def _candidates(groups_NSC: Tensor, format: PackedFormat) -> Iterator[Tensor]:
+    """Scales to try beside the plain ones."""
+    if format.has_minima:
+        smallest, largest = groups_NSC.aminmax(dim=-1)
+        steps = format.largest - format.smallest
+        for span in _SPANS:
+            # Shrunk from both ends, and from each alone: a skewed group has its outlier on one side.
+            for low, high in ((span, span), (span, 1.0), (1.0, span)):
+                yield _as_f16(torch.stack(((largest * high - smallest * low) / steps, smallest * low), dim=-1))
+        return
+    where_NS1 = groups_NSC.abs().argmax(-1, keepdim=True)
+    extreme_NS = groups_NSC.gather(-1, where_NS1)[..., 0]
+    for steps_to_extreme in _EXTREMES_4 if format.bits == 4 else _EXTREMES_8:
+        yield _as_f16(extreme_NS / steps_to_extreme)
+
+
+def _fit_scale(groups_NSC: Tensor, values: Tensor, scales_NS: Tensor, importance_SC: Tensor) -> Tensor:
+    """The least-squares scale of given values."""
+    weighted = values * importance_SC
+    power = (weighted * values).sum(-1)
+    return _as_f16(torch.where(power > 0, (weighted * groups_NSC).sum(-1) / power, scales_NS))
+
+
+def _fit_line(groups_NSC: Tensor, values: Tensor, scales_NS2: Tensor, importance_SC: Tensor) -> Tensor:
+    """The least-squares scale and minimum of given values: a straight line through the weights over their codes."""
+    codes = values + 8
+    total_S = importance_SC.sum(-1)
+    mean_code, mean_weight = ((importance_SC * x).sum(-1) / total_S.clamp(min=1e-30) for x in (codes, groups_NSC))
+    centred = (codes - mean_code[..., None]) * importance_SC
+    power = (centred * codes).sum(-1)
+    scale = torch.where(power > 0, (centred * groups_NSC).sum(-1) / power, scales_NS2[..., 0])
+    # float16 rounds the scale; the minimum is fitted to what is left.
+    scale = _as_f16(scale)
+    return _as_f16(torch.stack((scale, mean_weight - scale * mean_code), dim=-1))
+
+
+def _weighted_error(
+    groups_NSC: Tensor, values: Tensor, scales: Tensor, importance_SC: Tensor, format: PackedFormat
+) -> Tensor:
+    difference = groups_NSC - value_of(values, scales, format)
     return difference.square_().mul_(importance_SC).sum(-1)
 
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ernie45.checkpoint.layout import Box, Stored
-from ernie45.checkpoint.source import Source
+from ernie45.checkpoint.layout import Box
 from ernie45.quant.calibration import Calibration, Calibrator
+from ernie45.quant.weights import Weights
 
 _EXPONENT = 0.5
 _MAX_FACTOR = 64.0  # bounds what a column that the text never used can do
@@ -32,40 +32,35 @@ _BEHIND = {
 }
 
 
-class SmoothedSource(Source):
-    """Another source's weights with the factors of its norms folded in; the same network."""
+class SmoothedWeights:
+    """Other weights with the factors of their norms folded in; the same network."""
 
-    def __init__(self, source: Source, factors: Mapping[str, Tensor]) -> None:
+    def __init__(self, weights: Weights, factors: Mapping[str, Tensor]) -> None:
         """Args: factors: by name of the norm's weight, float32 (K,), powers of two."""
-        self._source, self.config, self.where = source, source.config, source.where
+        self._weights, self.config, self.where = weights, weights.config, weights.where
         self._norms = dict(factors)
         self._columns: dict[str, Tensor] = {}
         for name, factor in factors.items():
             layer, _, norm = name.rpartition(".")[0].rpartition(".")
             self._columns |= {f"{layer}.{matrix}": factor for matrix in _BEHIND[f"{norm}.weight"]}
-        super().__init__(source.layout)
-
-    def read(self, stored: Stored, rows: tuple[int, int] | None = None) -> Tensor:
-        raise NotImplementedError("a stored tensor is no whole parameter: smoothed weights are read by `fill`")
-
-    def stored_dtype(self, stored: Stored) -> torch.dtype:
-        return self._source.stored_dtype(stored)
 
     def region_dtype(self, target: str, box: Box) -> torch.dtype:
-        return self._source.region_dtype(target, box)
+        """That of the original: a power of two changes exponents alone."""
+        return self._weights.region_dtype(target, box)
 
     def fill(self, out: Tensor, target: str, box: Box) -> None:
-        self._source.fill(out, target, box)
+        """Copy a region of `target` into `out`: the original's, divided or multiplied."""
+        self._weights.fill(out, target, box)
         if target in self._norms:
             out.div_(self._norms[target])
         elif target in self._columns:
             out.mul_(self._columns[target])
 
 
-def smooth(source: Source, calibration: Calibration) -> SmoothedSource:
+def smooth(weights: Weights, calibration: Calibration) -> SmoothedWeights:
     """Choose the factors of every decoder layer on a text."""
-    squares = Calibrator(source, calibration).norm_outputs()
-    return SmoothedSource(source, {name: _factors(squares_K) for name, squares_K in squares.items()})
+    squares = Calibrator(weights, calibration).norm_outputs()
+    return SmoothedWeights(weights, {name: _factors(squares_K) for name, squares_K in squares.items()})
 
 
 def _factors(squares_K: Tensor) -> Tensor:

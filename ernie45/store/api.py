@@ -10,9 +10,12 @@ import torch
 
 from ernie45.checkpoint import load
 from ernie45.checkpoint.gguf import read_gguf
+from ernie45.checkpoint.gguf_config import config_from_gguf
 from ernie45.checkpoint.load import Progress
 from ernie45.checkpoint.source import ModuleSource
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES, FolderLayout, write_folder
+from ernie45.config.model import ModelConfig
+from ernie45.config.reader import read_config
 from ernie45.errors import NotFoundError, UsageError
 from ernie45.models.build import parse_dtype
 from ernie45.models.text import CausalLM
@@ -38,15 +41,22 @@ def load_model(
     return load.load_model(resolve(folder), dtype, _present(device), progress=progress)
 
 
+def load_config(folder: str | Path) -> ModelConfig:
+    """What a model is, without its weights: of a checkpoint folder, a .gguf file or a model in the store.
+
+    Raises: NotFoundError, ConfigError, CheckpointError.
+    """
+    path = _weights_path(resolve(folder))
+    return config_from_gguf(read_gguf(path))[0] if path.suffix == ".gguf" else read_config(path)
+
+
 def load_tokenizer(folder: str | Path, *, chat_format: str | None = None) -> Tokenizer:
     """Load the tokenizer and chat template of a checkpoint folder, a .gguf file or a model in the store.
 
     Args: chat_format: one of the built-in formats, instead of the checkpoint's own template.
     Raises: NotFoundError if there is no tokenizer; CheckpointError if its files are damaged.
     """
-    path = resolve(folder)
-    if path.is_dir() and not (path / "config.json").exists() and len(files := sorted(path.glob("*.gguf"))) == 1:
-        path = files[0]
+    path = _weights_path(resolve(folder))
     if path.suffix != ".gguf":
         return tokenizers.load_tokenizer(path, chat_format=chat_format)
     metadata = read_gguf(path).metadata
@@ -88,6 +98,12 @@ def save_model(
         extra_files=files,
         overwrite=overwrite,
     )
+
+
+def _weights_path(path: Path) -> Path:
+    """The path, or the one GGUF file of a folder that holds nothing else."""
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
+    return files[0] if len(files) == 1 else path
 
 
 def _present(device: str | torch.device) -> torch.device:

@@ -77,7 +77,7 @@ def describe(name: str, path: Path) -> ModelDescription:
     from dataclasses import replace
 
     from ernie45.checkpoint.load import file_dtype
-    from ernie45.checkpoint.source import GgufSource, open_source
+    from ernie45.checkpoint.source import GgufSource, PrequantizedSource, open_source
     from ernie45.models.build import dtype_name
     from ernie45.quant.folder import PackedSource
 
@@ -86,6 +86,8 @@ def describe(name: str, path: Path) -> ModelDescription:
     size = source.file.path.stat().st_size if isinstance(source, GgufSource) else source.index.total_bytes
     described = describe_config(name, source.config, bytes_per_weight=dtype.itemsize)
     shown = "quantized" if isinstance(source, GgufSource) and _is_quantized(source) else dtype_name(dtype)
+    if isinstance(source, PrequantizedSource):
+        shown = source.weight_formats
     if isinstance(source, PackedSource):
         # Packed weights are used as they lie in the file; only the cache is float32.
         shown = source.statement.scheme.name

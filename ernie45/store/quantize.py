@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from ernie45.checkpoint.load import load_model
 from ernie45.checkpoint.source import open_source
 from ernie45.errors import CapacityError, NotFoundError, RequestError
@@ -56,7 +58,8 @@ def quantize(
     make_scheme(scheme, group_size)  # a wrong option shows before anything is read
     path = resolve(model)
     target = Path(dst) if dst is not None else model_path(f"{_name(path)}-{scheme}")
-    text = None if report is None else _text(report)
+    # Encoded before hours of work: a text that is too short fails at once.
+    chunks = None if report is None else chunks_of(load_tokenizer(path), _text(report), limit=_QUALITY_CHUNKS)
     calibration = None if calibrate is None else _calibration(path, Path(calibrate))
     made(target.parent)
     done = quantize_checkpoint(
@@ -69,7 +72,7 @@ def quantize(
         extra_files=companions(open_source(path)),
         progress=stage(progress, "quantizing"),
     )
-    quality = None if text is None else _measure(path, target, text)
+    quality = None if chunks is None else _measure(path, target, chunks)
     return QuantizedModel(path=target, report=done, quality=quality)
 
 
@@ -94,12 +97,12 @@ def _calibration(model: Path, file: Path) -> Calibration:
     return Calibration(chunks_CT=chunks, origin=origin)
 
 
-def _measure(model: Path, target: Path, text: str) -> Quality:
+def _measure(model: Path, target: Path, chunks_CT: Tensor) -> Quality:
     try:
         reference = load_model(model)
     except CapacityError as error:
         raise CapacityError(f"{target} is finished, but the comparison needs the float32 model: {error}") from error
-    quality = compare(reference, load_model(target), load_tokenizer(target), text, limit=_QUALITY_CHUNKS)
+    quality = compare(reference, load_model(target), chunks_CT)
     quality.save_json(target / QUALITY_NAME)
     quality.save_plot(target / PLOT_NAME)
     return quality

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 import torch
 
 import ernie45
-from ernie45.bench.measure import measure, peak_memory_bytes, step_bytes
+from ernie45.bench.measure import Figure, measure, peak_memory_bytes, step_bytes
 from ernie45.bench.random_weights import write_gguf, write_packed
-from ernie45.bench.report import table
+from ernie45.bench.report import save_plot, table
 from ernie45.checkpoint.index import open_folder
 from ernie45.checkpoint.source import open_source
 from ernie45.cli.main import main
@@ -103,11 +104,76 @@ def test_the_verb_measures_a_shape_and_keeps_the_folder(
     report = json.loads(capsys.readouterr().out)
     assert report["about"]["weights"] == "seeded random, wint8"
     assert len(report["figures"]) == 2
-    assert main(arguments) == 0
-    assert "using the random weights" in capsys.readouterr().err
-    plot = tmp_path / "p.png"
-    code = main([*arguments[:-6], "--contexts", "0", "--batches", "1", "--prompts", "", "--plot", str(plot)])
-    assert (code == 0 and plot.stat().st_size > 5000) or (code == 4 and "matplotlib" in capsys.readouterr().err)
+    assert main([*arguments, "--kernels", "reference"]) == 0
+    again = capsys.readouterr()
+    assert "using the random weights" in again.err
+    assert json.loads(again.out)["about"]["kernels"] == "reference kernels in PyTorch: --kernels reference"
+
+
+def some(what: str, context: int, batch: int, speed: float, bound: float | None = None) -> Figure:
+    return Figure(
+        what=what, context=context, batch=batch, tokens_per_s=speed, low=0.9 * speed, high=1.1 * speed,
+        bytes_per_step=1, bound_tokens_per_s=bound,
+    )  # fmt: skip
+
+
+FIGURES = [
+    some("decode", 0, 1, 20, 30),
+    some("decode", 4096, 1, 9, 12),
+    some("decode", 0, 8, 900, 1400),
+    some("prefill", 512, 1, 150),
+]
+ABOUT = {"model": "21b-a3b", "weights": "seeded random, wint4", "cpu": "a processor, 2 logical cores"}
+
+
+@pytest.mark.parametrize(
+    ("figures", "rivals", "legend"),
+    [
+        (FIGURES, [FIGURES[0], FIGURES[3]], ["ernie45", "llama.cpp", "memory bound"]),
+        (FIGURES[:1], [], ["ernie45", "memory bound"]),
+        (FIGURES[3:], [], ["ernie45"]),
+    ],
+)
+def test_plots(tmp_path: Path, check_png: Any, figures: list[Figure], rivals: list[Figure], legend: list[str]) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("a.png", "a.svg"):
+        save_plot(tmp_path / name, figures, rivals, "llama.cpp" if rivals else None, ABOUT)
+    _, height = check_png(tmp_path / "a.png")
+    assert height > 200 + 70 * len(figures), "every case has room"
+    # In SVG, texts are drawn as glyphs and repeated as comments.
+    texts = re.findall(r"<!-- (.*) -->", (tmp_path / "a.svg").read_text())
+    assert texts[-len(legend) :] == legend
+    for figure in (*figures, *rivals):
+        assert f"{figure.tokens_per_s:.1f}" in texts
+    assert [text for text in texts if text.startswith(("decode", "prefill"))] == [
+        "decode, context 0", "decode, context 4096", "decode, context 0, 8 together", "prefill, 512 tokens"
+    ][FIGURES.index(figures[0]) :][: len(figures)]  # fmt: skip
+
+
+def test_the_verb_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check_png: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("ernie45.preset", lambda name: DENSE)
+    options = ["--contexts", "0", "--batches", "1", "--prompts", "4", "--repeats", "1"]
+    assert main(["bench", "--shape", "0.3b", *options, "--plot", str(tmp_path / "p.png")]) == 0
+    assert f"plot: {tmp_path}/p.png\n" in capsys.readouterr().err
+    check_png(tmp_path / "p.png")
+
+
+def test_a_plot_that_cannot_be_saved_is_refused_before_measuring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ernie45.cli.bench.measure_bandwidth", lambda: pytest.fail("measured"))
+    for name, code, message in (
+        ("p.jpg", 2, "saved as .png or .svg, not as 'p.jpg'"),
+        ("none/p.png", 4, f"no folder {tmp_path}/none"),
+    ):
+        assert main(["bench", "--shape", "0.3b", "--plot", str(tmp_path / name)]) == code
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["bench", "--shape", "0.3b", "--plot", str(tmp_path / "p.png")]) == 4
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -117,6 +183,7 @@ def test_the_verb_measures_a_shape_and_keeps_the_folder(
         (["x", "--shape", "0.3b"], 2, "give a MODEL, or --shape"),
         (["--shape", "0.4b"], 4, "did you mean"),
         (["x", "--contexts", "1,b"], 2, "no list of numbers"),
+        (["x", "--contexts", "", "--prompts", "", "--batches", "1"], 2, "nothing to measure"),
     ],
 )
 def test_bad_arguments(arguments: list[str], code: int, message: str, capsys: Any) -> None:

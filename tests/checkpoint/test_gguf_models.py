@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 import ernie45
+from ernie45.checkpoint.ggml_types import GGMLType
+from ernie45.checkpoint.gguf import GGUFWriter, read_gguf, read_gguf_tensor
+from ernie45.checkpoint.gguf_config import config_to_gguf
 from ernie45.checkpoint.load import load_model
-from ernie45.checkpoint.source import open_source
-from ernie45.config.model import ModelConfig
+from ernie45.checkpoint.source import ModuleSource, open_source
+from ernie45.checkpoint.write import write_gguf
+from ernie45.config.model import ModelConfig, MoeConfig
 from ernie45.errors import CheckpointError
 from ernie45.models.build import build_model
 from ernie45.models.init import initialize
@@ -64,6 +69,59 @@ def test_the_independent_reader_sees_what_llama_cpp_expects(saved: Any, tmp_path
     assert np.array_equal(gate.data.reshape(8, 24, 48), ours.numpy())
     for name in ("blk.1.ffn_gate_inp.weight", "blk.1.exp_probs_b.bias", "blk.0.attn_norm.weight"):
         assert tensors[name].tensor_type == gguf.GGMLQuantizationType.F32
+
+
+# Where the float16 scales of a block lie: random bytes there would make infinite weights.
+_SCALES = {
+    GGMLType.Q4_0: (0,),
+    GGMLType.Q4_1: (0, 2),
+    GGMLType.Q8_0: (0,),
+    GGMLType.Q4_K: (0, 2),
+    GGMLType.Q6_K: (208,),
+}
+
+
+def _random_blocks(kind: GGMLType, shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
+    blocks = rng.integers(0, 256, (math.prod(shape) // kind.block_length, kind.block_bytes), dtype=np.uint8)
+    for position in _SCALES[kind]:
+        scales = rng.normal(0, 0.002, (len(blocks), 1)).astype(np.float16)
+        blocks[:, position : position + 2] = scales.view(np.uint8)
+    return torch.from_numpy(blocks)
+
+
+@pytest.mark.parametrize("kind", _SCALES)
+def test_a_quantized_moe_file_is_the_network_of_its_dequantized_weights(tmp_path: Path, kind: GGMLType) -> None:
+    """Every matrix in blocks, stacked experts too; the values are those of the gguf package's own decoder."""
+    moe = MoeConfig(
+        moe_num_experts=3, moe_k=2, moe_intermediate_size=256, moe_num_shared_experts=1, moe_layer_start_index=1
+    )
+    model = build_model(
+        ModelConfig(
+            vocab_size=20, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=64, moe=moe,
+        )
+    )  # fmt: skip
+    initialize(model, std=0.1, correction_bias_std=0.05)
+    write_gguf(ModuleSource(model, model.config), tmp_path / "plain.gguf", name="x")
+    plain = read_gguf(tmp_path / "plain.gguf")
+    blocks = [t for t in plain.tensors.values() if len(t.shape) > 1 and "ffn_gate_inp" not in t.name]
+    rng = np.random.default_rng(int(kind))
+    raw = {t.name: _random_blocks(kind, t.shape, rng) for t in blocks}
+    values = {
+        name: torch.from_numpy(gguf.quants.dequantize(part.numpy(), gguf.GGMLQuantizationType(int(kind))))
+        for name, part in raw.items()
+    }
+    others = {t.name: read_gguf_tensor(plain, t) for t in plain.tensors.values() if t.name not in raw}
+    for target, chosen, found in (("blocks.gguf", kind, raw), ("values.gguf", GGMLType.F32, values)):
+        plan = [(t.name, chosen if t.name in raw else t.type, t.shape) for t in plain.tensors.values()]
+        with GGUFWriter(tmp_path / target, config_to_gguf(model.config, name="x"), plan) as writer:
+            for name, written, shape in plan:
+                writer.write(name, (others | found)[name].reshape(shape if written.torch_dtype else (-1,)))
+    ours, expected = load_model(tmp_path / "blocks.gguf"), load_model(tmp_path / "values.gguf")
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    assert ours(IDS % 20).isfinite().all()
+    assert torch.equal(ours(IDS % 20), expected(IDS % 20))
 
 
 def _write(path: Path, architecture: str, config: Any, tensors: dict[str, Tensor], **extra: Any) -> None:

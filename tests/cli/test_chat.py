@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import signal
@@ -12,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ernie45
 from ernie45.cli import output
+from ernie45.engine import reference
+from ernie45.kernels import choice, native
+from ernie45.models.text import CausalLM
+from ernie45.store.quantize import quantize
 
 Ernie = Callable[..., Any]
 GREEDY = ("--temperature", "0", "--max-tokens", "8")
@@ -186,6 +192,70 @@ def test_thinking_changes_the_prompt_where_the_template_has_it(ernie: Ernie, tin
         assert found["usage"]["prompt_tokens"] == len(tokenizer.encode(rendered))
 
 
+@pytest.mark.parametrize("model", ["tiny", "packed"])
+def test_kernels_are_chosen_for_the_command_alone(
+    ernie: Ernie, home: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    folder = home / "models" / model
+    if model == "packed":
+        quantize("tiny", "wint8", dst=folder)
+    seen: list[choice.KernelsInUse] = []
+
+    def generate(*arguments: Any) -> Any:
+        seen.append(choice.in_use())
+        return reference.generate(*arguments)
+
+    monkeypatch.setattr(ernie45, "generate", generate, raising=False)
+    with choice.kernels("reference"):
+        answer = expected(folder, [{"role": "user", "content": "the quick"}])
+    before = choice.describe()
+    if native.status().available:
+        assert ernie("chat", model, "the quick", *GREEDY, "--kernels", "native").code == 0
+        assert (seen[0].kernels, seen.pop().why) == ("native", "--kernels native")
+        module = importlib.import_module("ernie45.kernels._native")
+        for name in ("PackedMatrix", "KvStore", "Sequences", "ffn", "rms_norm", "attention", "rope_append", "route"):
+            monkeypatch.setattr(module, name, lambda *_: pytest.fail("a native kernel was called"))
+    found = ernie("chat", model, "the quick", *GREEDY, "--kernels", "reference", "--json")
+    assert (seen[0].kernels, seen[0].why) == ("reference", "--kernels reference")
+    assert json.loads(found.out)["ids"] == list(answer.ids)
+    assert choice.describe() == before, "the next command of this process chooses for itself"
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "stored"),
+    [
+        ("tiny", [], torch.float32),
+        ("tiny", ["--kv-dtype", "bfloat16"], torch.bfloat16),
+        ("tiny", ["--kv-dtype", "auto", "--dtype", "bfloat16"], torch.bfloat16),
+        ("packed", [], torch.bfloat16),
+        ("packed", ["--kv-dtype", "float32"], torch.float32),
+    ],
+)
+def test_keys_and_values_are_kept_in_the_dtype_asked_for(
+    ernie: Ernie, home: Path, monkeypatch: pytest.MonkeyPatch, model: str, option: list[str], stored: torch.dtype
+) -> None:
+    if model == "packed":
+        quantize("tiny", "wint8", dst=home / "models" / model)
+    seen: list[torch.dtype] = []
+    new_cache = CausalLM.new_cache
+
+    def spy(network: CausalLM, capacity: int) -> Any:
+        cache = new_cache(network, capacity)
+        seen.append(cache.dtype)
+        return cache
+
+    monkeypatch.setattr(CausalLM, "new_cache", spy)
+    assert ernie("chat", model, "the quick", *GREEDY, *option).code == 0
+    assert seen == [stored]
+
+
+def test_native_kernels_that_are_missing_are_an_error(ernie: Ernie, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = native.NativeStatus(available=False, reason="no module", remedy="build it", features=(), cpu={}, build={})
+    monkeypatch.setattr(choice, "status", lambda: missing)
+    result = ernie("chat", "tiny", "the quick", "--kernels", "native")
+    assert (result.code, result.err) == (1, "error: native kernels were asked for: no module. build it\n")
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
@@ -228,10 +298,28 @@ def test_what_is_no_prompt(ernie: Ernie, argv: list[str], stdin: str, message: s
     assert message in result.err
 
 
-def test_a_prompt_that_is_too_long_names_both_lengths(ernie: Ernie) -> None:
-    result = ernie("chat", "tiny", stdin="lazy dog " * 500)
-    assert result.code == 1
-    assert "the model's context holds 256" in result.err
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ([], "holds 256: shorten the prompt to 255 tokens or fewer"),
+        (["--max-tokens", "7"], "holds 256: shorten the prompt to 255 tokens or fewer"),
+        (["--max-tokens", "256", "--raw"], "holds 256: shorten the prompt, or lower max_tokens to 2"),
+    ],
+)
+@pytest.mark.parametrize("form", ["tiny", "tiny.gguf", "folder"])
+def test_what_does_not_fit_is_refused_before_the_weights_are_read(
+    ernie: Ernie, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str, options: list[str], remedy: str
+) -> None:
+    if form != "tiny":
+        (tmp_path / "folder").mkdir()
+        ernie("convert", "tiny", "folder/tiny.gguf", "--to", "gguf")
+        shutil.copy(tmp_path / "folder" / "tiny.gguf", tmp_path)
+    monkeypatch.setattr("ernie45.checkpoint.load.load_model", lambda *_, **__: pytest.fail("the weights were read"))
+    result = ernie("chat", form, *options, stdin="brown fox" if "--raw" in options else "lazy dog " * 500)
+    assert (result.code, result.out) == (1, "")
+    assert result.err.startswith("error: prompt has ")
+    assert remedy in result.err
+    assert "None" not in result.err
     assert result.err.count("\n") == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from ernie45.cli import doctor
+from ernie45.kernels import native
 from ernie45.kernels.native import NativeStatus
 
 Ernie = Callable[..., Any]
@@ -62,8 +64,8 @@ def test_advice_leaves_the_exit_code_at_0(ernie: Ernie, home: Path, monkeypatch:
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     code, data = report(ernie)
     assert (code, data["ok"]) == (0, True)
-    native, model, disk, policy = data["to_fix"]
-    assert native == "no native kernels: install a compiler"
+    kernels, model, disk, policy = data["to_fix"]
+    assert kernels == "no native kernels: install a compiler"
     assert model == "the default model is not here: ernie pull smollm2-135m"
     assert disk.startswith(f"only 1.0 GB free in {home}")
     assert policy.startswith("OMP_WAIT_POLICY is active")
@@ -103,6 +105,55 @@ def test_a_store_that_is_yet_to_be_made_is_fine(ernie: Ernie, tmp_path: Path, mo
     code, data = report(ernie)
     assert (code, data["ok"], data["models"]) == (0, True, [])
     assert not (tmp_path / "not").exists()
+
+
+def doctor_under(**environment: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, report and table of fresh processes under these variables."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ERNIE_")}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-m", "ernie45.cli.main", "doctor", *options],
+            env=clean | environment, capture_output=True, text=True, check=False,
+        )
+        for options in (["--json"], [])
+    ]  # fmt: skip
+    return runs[0].returncode, json.loads(runs[0].stdout)["kernels"]["in_use"], runs[1].stdout
+
+
+@pytest.mark.usefixtures("home")
+def test_the_kernels_in_use_and_why() -> None:
+    if not native.status().available:
+        pytest.skip(native.status().reason)
+    code, found, table = doctor_under()
+    assert (code, found["kernels"], found["environment"]) == (0, "native", {})
+    assert found["isa"] == found["supported"][-1]
+    assert f"native kernels on {found['isa']} (the best of this CPU is {found['isa']})" in table
+    assert f"compiled for {', '.join(found['compiled'])}; this CPU " in table
+
+
+@pytest.mark.usefixtures("home")
+@pytest.mark.parametrize(
+    ("environment", "facts", "line"),
+    [
+        ({"ERNIE_ISA": "baseline"}, {"isa": "baseline"}, "on baseline (forced by ERNIE_ISA=baseline)"),
+        ({"ERNIE_THREADS": "3"}, {"threads": 3}, "3 threads (forced by ERNIE_THREADS=3)"),
+        ({"ERNIE_KERNELS": "reference"}, {"kernels": "reference", "isa": None}, "PyTorch: ERNIE_KERNELS=reference"),
+    ],
+)
+def test_every_variable_shows(environment: dict[str, str], facts: dict[str, Any], line: str) -> None:
+    if not native.status().available:
+        pytest.skip(native.status().reason)
+    code, found, table = doctor_under(**environment)
+    assert (code, found["environment"]) == (0, environment)
+    assert {name: found[name] for name in facts} == facts
+    assert line in table
+
+
+@pytest.mark.usefixtures("home")
+def test_a_variable_that_cannot_be_followed_is_broken() -> None:
+    code, found, table = doctor_under(ERNIE_KERNELS="fast")
+    assert (code, found["error"]) == (1, "kernels is 'fast', expected 'native' or 'reference'")
+    assert table.count("kernels is 'fast'") == 2, "as what is in use, and as what to fix"
 
 
 def test_memory_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,9 +224,11 @@ def test_empty_prompts_are_refused(small_model: Any, tokenizer: Tokenizer, promp
 
 def test_what_does_not_fit_is_refused_with_the_numbers(small_model: Any, tokenizer: Tokenizer) -> None:
     model = small_model(max_position_embeddings=16)
-    with pytest.raises(RequestError, match="prompt has 17 tokens.*holds 16"):
+    with pytest.raises(
+        RequestError, match="^prompt has 17 tokens, the model's context holds 16: shorten .* to 15 tokens"
+    ):
         ernie45.generate(model, tokenizer, [5] * 17)
-    with pytest.raises(RequestError, match="prompt has 10 tokens and max_tokens is 7.*holds 16"):
+    with pytest.raises(RequestError, match="prompt has 10 tokens and max_tokens is 7.*holds 16: .*max_tokens to 6$"):
         ernie45.generate(model, tokenizer, [5] * 10, SamplingParams(max_tokens=7))
     pieces = list(ernie45.generate(model, tokenizer, [5] * 10, SamplingParams(ignore_eos=True, seed=1)))
     assert sum(len(piece.ids) for piece in pieces) == 6

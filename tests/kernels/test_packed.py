@@ -18,18 +18,28 @@ from ernie45.kernels import packed
 from ernie45.kernels.choice import kernels
 from ernie45.kernels.packed import PackedFfn, PackedFormat, PackedMatrix, PackedPool
 
-FORMATS = [(bits, group) for bits in (4, 8) for group in (0, 64, 128)]
+ACTIVATIONS: tuple[Literal[8, 16], ...] = (8, 16)
+FORMATS = [
+    PackedFormat(bits=bits, group=group, activation_bits=activation_bits)
+    for bits in (4, 8)
+    for activation_bits in ACTIVATIONS
+    for group in (0, 32, 64, 128)
+    if bits == 4 or group != 32
+]
+EIGHT = PackedFormat(bits=8, group=0)
+every_format = pytest.mark.parametrize("format", FORMATS, ids=lambda f: f"w{f.bits}g{f.group}a{f.activation_bits}")
 # Native and reference round at different places: one fused multiply-add per group against a multiply and an add.
 TOLERANCE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 
 
-def matrix(rows: int, columns: int, bits: int, group: int, seed: int = 0) -> PackedMatrix:
+def matrix(rows: int, columns: int, format: PackedFormat, seed: int = 0) -> PackedMatrix:
     """Random values over the whole range of the format, scales that give outputs around one."""
-    format = PackedFormat(bits=4 if bits == 4 else 8, group=group)
     generator = torch.Generator().manual_seed(seed)
-    low = -8 if bits == 4 else -127
+    low = -8 if format.bits == 4 else -127
     values = torch.randint(low, format.largest + 1, (rows, columns), generator=generator).to(torch.int8)
-    scales = (0.5 + torch.rand(rows, format.scale_sets(columns), generator=generator)) / format.largest / columns**0.5
+    scales = (0.5 + torch.rand(format.scale_shape(rows, columns), generator=generator)) / format.largest / columns**0.5
+    if format.has_minima:
+        scales[..., 1] *= -7.5  # weights around zero
     return packed.pack(values, scales.half(), format)
 
 
@@ -37,12 +47,11 @@ def random(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@every_format
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (16, 64), (17, 65), (50, 300), (3, 200)])
-def test_unpack_is_the_inverse_of_pack(bits: Literal[4, 8], group: int, rows: int, columns: int) -> None:
-    format = PackedFormat(bits=bits, group=group)
-    values = torch.randint(-8 if bits == 4 else -127, format.largest + 1, (rows, columns)).to(torch.int8)
-    scales = torch.rand(rows, format.scale_sets(columns)).half()
+def test_unpack_is_the_inverse_of_pack(format: PackedFormat, rows: int, columns: int) -> None:
+    values = torch.randint(-8 if format.bits == 4 else -127, format.largest + 1, (rows, columns)).to(torch.int8)
+    scales = torch.rand(format.scale_shape(rows, columns)).half()
     found_values, found_scales = packed.unpack(packed.pack(values, scales, format))
     assert torch.equal(found_values, values)
     assert torch.equal(found_scales, scales)
@@ -67,10 +76,10 @@ def test_pack_refuses_what_the_format_cannot_hold() -> None:
             packed.pack(torch.full((2, 64), value, dtype=torch.int8), scales, PackedFormat(bits=bits, group=0))
     with pytest.raises(ShapeError, match="scales have shape"):
         packed.pack(torch.zeros(2, 65, dtype=torch.int8), scales, PackedFormat(bits=8, group=64))
-    for bits, group in ((5, 0), (4, 63), (8, -64)):
+    for bits, group in ((5, 0), (4, 63), (8, -64), (8, 32)):
         with pytest.raises(ShapeError, match="packed format"):
             PackedFormat(bits=bits, group=group)  # type: ignore[arg-type]
-    good = matrix(16, 64, 8, 0)
+    good = matrix(16, 64, EIGHT)
     with pytest.raises(ShapeError, match="weights and scales have shapes"):
         PackedMatrix(weights=good.weights[1:], scales=good.scales, rows=16, columns=64)
     with pytest.raises(ShapeError, match="expected uint8 and float16"):
@@ -80,23 +89,23 @@ def test_pack_refuses_what_the_format_cannot_hold() -> None:
 # --- linear --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@every_format
 @pytest.mark.parametrize(
     ("rows", "columns", "tokens"), [(1, 1, 1), (33, 130, 3), (16, 64, 8), (100, 700, 17), (40, 2563, 1)]
 )
-def test_linear_is_its_reference(isa: str, bits: int, group: int, rows: int, columns: int, tokens: int) -> None:
-    m, x = matrix(rows, columns, bits, group), random(tokens, columns)
+def test_linear_is_its_reference(isa: str, format: PackedFormat, rows: int, columns: int, tokens: int) -> None:
+    m, x = matrix(rows, columns, format), random(tokens, columns)
     bias, residual = random(rows, seed=2), random(tokens, rows, seed=3)
     for extras in ((None, None), (bias, None), (None, residual), (bias, residual)):
         torch.testing.assert_close(packed.linear(x, m, *extras), packed.linear_reference(x, m, *extras), **TOLERANCE)
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_reference_is_the_product_with_the_dequantized_weights(bits: int, group: int) -> None:
-    """Inputs that 8 bits hold exactly: whole numbers up to 127 in each group of 64."""
-    m = matrix(40, 200, bits, group)
+@every_format
+def test_reference_is_the_product_with_the_dequantized_weights(format: PackedFormat) -> None:
+    """Inputs that the activations' bits hold exactly: whole numbers up to 127 or 32512 in each group of 64."""
+    m = matrix(40, 200, format)
     x = torch.randint(-127, 128, (5, 200)).float()
-    x[:, ::64] = 127
+    x[:, ::64] = 127 if format.activation_bits == 8 else 32512
     expected = x.double() @ packed.dequantize(m).double().T
     torch.testing.assert_close(packed.linear_reference(x, m).double(), expected, atol=1e-3, rtol=1e-5)
     noisy = random(50, 200)
@@ -114,9 +123,9 @@ def test_reference_is_the_product_with_the_dequantized_weights(bits: int, group:
     threads=st.integers(1, 4),
 )
 def test_bits_depend_on_nothing_but_the_token(
-    extension: ModuleType, isas: list[str], rows: int, columns: int, tokens: int, format: tuple[int, int], threads: int
+    extension: ModuleType, isas: list[str], rows: int, columns: int, tokens: int, format: PackedFormat, threads: int
 ) -> None:
-    m, x = matrix(rows, columns, *format), random(tokens, columns)
+    m, x = matrix(rows, columns, format), random(tokens, columns)
     results = []
     for name in isas:
         extension.set_isa(name)
@@ -127,9 +136,9 @@ def test_bits_depend_on_nothing_but_the_token(
     assert torch.equal(torch.cat([torch.empty(0, rows), *alone]), results[0])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_thread_count_changes_no_bit(extension: ModuleType, bits: int) -> None:
-    m, x = matrix(600, 1000, bits, 64), random(40, 1000)
+@every_format
+def test_thread_count_changes_no_bit(extension: ModuleType, format: PackedFormat) -> None:
+    m, x = matrix(600, 1000, format), random(40, 1000)
     results = []
     for threads in range(1, 9):
         extension.set_num_threads(threads)
@@ -137,20 +146,43 @@ def test_thread_count_changes_no_bit(extension: ModuleType, bits: int) -> None:
     assert all(torch.equal(results[0], result) for result in results)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_extreme_weights_and_inputs_do_not_overflow(isa: str, bits: int) -> None:
-    """All weights and all inputs at the ends of their range: the largest sums that 16-bit lanes have to hold."""
-    low, high = (-8, 7) if bits == 4 else (-127, 127)
-    format = PackedFormat(bits=4 if bits == 4 else 8, group=0)
+@every_format
+def test_extreme_weights_and_inputs_do_not_overflow(isa: str, format: PackedFormat) -> None:
+    """All weights and all inputs at the ends of their range: the largest sums that 16- and 32-bit lanes have to hold."""
+    low, high = (-8, 7) if format.bits == 4 else (-127, 127)
+    largest = 127 if format.activation_bits == 8 else 32512
     for value in (low, high):
-        m = packed.pack(torch.full((16, 128), value, dtype=torch.int8), torch.ones(16, 1).half(), format)
-        for sign in (1.0, -1.0):
-            y = packed.linear(torch.full((9, 128), 127 * sign), m)
-            assert torch.equal(y, torch.full((9, 16), 128 * 127 * sign * value))
+        scales = torch.ones(format.scale_shape(16, 128)).half()
+        if format.has_minima:
+            scales[..., 1] = -8
+        m = packed.pack(torch.full((16, 128), value, dtype=torch.int8), scales, format)
+        for x in (largest, -largest):
+            y = packed.linear(torch.full((9, 128), float(x)), m)
+            assert torch.equal(y, torch.full((9, 16), float(128 * x * value)))
+
+
+@pytest.mark.parametrize(("activation_bits", "error"), [(8, 0.01), (16, 3e-5)])
+def test_activations_keep_what_their_bits_hold(isa: str, activation_bits: Literal[8, 16], error: float) -> None:
+    """Against the exact product of the dequantized weights: the size of the difference over the size of the result."""
+    m = matrix(40, 200, PackedFormat(bits=8, group=64, activation_bits=activation_bits))
+    x = random(50, 200)
+    exact = x.double() @ packed.dequantize(m).double().T
+    found = (packed.linear(x, m) - exact).norm() / exact.norm()
+    assert error / 10 < found < error
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+def test_tiny_and_zero_inputs_give_zero(isa: str, activation_bits: Literal[8, 16]) -> None:
+    """Below 1e-30 a group counts as zero: its scale has no inverse that a float could hold."""
+    m = matrix(20, 130, PackedFormat(bits=8, group=64, activation_bits=activation_bits))
+    for size in (0.0, 1e-31, 1e-44):
+        x = torch.full((2, 130), size)
+        assert torch.equal(packed.linear(x, m), torch.zeros(2, 20))
+        assert torch.equal(packed.linear_reference(x, m), torch.zeros(2, 20))
 
 
 def test_linear_refuses_other_inputs() -> None:
-    m, x = matrix(20, 100, 8, 0), random(3, 100)
+    m, x = matrix(20, 100, EIGHT), random(3, 100)
     for bad in (x[0], x[:, :50], x.double(), x.T.contiguous().T, x.to("meta")):
         with pytest.raises(ShapeError, match=r"\[linear\] expected a contiguous float32 tensor"):
             packed.linear(bad, m)
@@ -164,9 +196,9 @@ def test_linear_refuses_other_inputs() -> None:
 # --- rows ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
-def test_rows_are_those_of_the_dequantized_matrix(isa: str, bits: int, group: int) -> None:
-    m = matrix(50, 200, bits, group)
+@every_format
+def test_rows_are_those_of_the_dequantized_matrix(isa: str, format: PackedFormat) -> None:
+    m = matrix(50, 200, format)
     ids = torch.tensor([0, 49, 3, 3, 16])
     expected = packed.dequantize(m)[ids]
     assert torch.equal(packed.rows(m, ids), expected)
@@ -175,7 +207,7 @@ def test_rows_are_those_of_the_dequantized_matrix(isa: str, bits: int, group: in
 
 
 def test_rows_refuse_other_ids(extension: ModuleType) -> None:
-    m = matrix(50, 200, 8, 0)
+    m = matrix(50, 200, EIGHT)
     for ids in (torch.tensor([50]), torch.tensor([-1]), torch.tensor([1.0]), torch.tensor([[1]])):
         with pytest.raises(ShapeError, match=r"\[rows\]"):
             packed.rows(m, ids)
@@ -184,9 +216,9 @@ def test_rows_refuse_other_ids(extension: ModuleType) -> None:
 # --- ffn -----------------------------------------------------------------------------------------------------------------
 
 
-def unit(hidden: int, width: int, bits: int, group: int, seed: int) -> tuple[PackedFfn, Tensor, Tensor]:
+def unit(hidden: int, width: int, format: PackedFormat, seed: int) -> tuple[PackedFfn, Tensor, Tensor]:
     """A unit and its dequantized gate-and-up (2 I, H) and down (H, I)."""
-    both, down = matrix(2 * width, hidden, bits, group, seed), matrix(hidden, width, bits, group, seed + 100)
+    both, down = matrix(2 * width, hidden, format, seed), matrix(hidden, width, format, seed + 100)
     values, scales = packed.unpack(both)
     gate_up = packed.pack(packed.interleave_gate_up(values), packed.interleave_gate_up(scales), both.format)
     return PackedFfn(gate_up=gate_up, down=down), packed.dequantize(both), packed.dequantize(down)
@@ -205,11 +237,11 @@ def routed(tokens: int, experts: int, active: int) -> tuple[list[int], Tensor, T
     return torch.bincount(ids.flatten(), minlength=experts).tolist(), (order // active).to(torch.int32), weights
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMATS)
+@every_format
 @pytest.mark.parametrize("tokens", [0, 1, 11])
-def test_ffn_is_its_reference_and_near_the_exact(isa: str, bits: int, group: int, tokens: int) -> None:
+def test_ffn_is_its_reference_and_near_the_exact(isa: str, format: PackedFormat, tokens: int) -> None:
     """Five routed experts, two of a narrower width, and a shared one of all tokens."""
-    made = [unit(130, 70 if index % 2 else 200, bits, group, index) for index in range(6)]
+    made = [unit(130, 70 if index % 2 else 200, format, index) for index in range(6)]
     units, x, residual = [one[0] for one in made], random(tokens, 130), random(tokens, 130, seed=5)
     counts, chosen, weights = routed(tokens, 5, 2)
     y = packed.ffn(x, units, [*counts, -1], chosen, weights, residual)
@@ -230,9 +262,11 @@ def test_ffn_is_its_reference_and_near_the_exact(isa: str, bits: int, group: int
         assert error < 0.02, "stated error of two roundings of activations to 8 bits"
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_ffn_bits_depend_on_nothing_but_the_token(extension: ModuleType, isas: list[str], bits: int) -> None:
-    units = [unit(96, 80, bits, 0, index)[0] for index in range(4)]
+@every_format
+def test_ffn_bits_depend_on_nothing_but_the_token(extension: ModuleType, isas: list[str], format: PackedFormat) -> None:
+    """Units of one call may round their inputs differently."""
+    formats = [format, format, EIGHT, PackedFormat(bits=8, group=0, activation_bits=16)]
+    units = [unit(96, 80, formats[index], index)[0] for index in range(4)]
     x = random(23, 96)
     counts, chosen, weights = routed(23, 4, 2)
     results = []
@@ -253,7 +287,7 @@ def test_ffn_bits_depend_on_nothing_but_the_token(extension: ModuleType, isas: l
 
 
 def test_ffn_refuses_inconsistent_routing(extension: ModuleType) -> None:
-    units, x = [unit(64, 64, 8, 0, 0)[0]], random(3, 64)
+    units, x = [unit(64, 64, EIGHT, 0)[0]], random(3, 64)
     tokens, weights = torch.tensor([0, 1], dtype=torch.int32), torch.ones(2)
     for arguments in (
         ([3], tokens, weights),
@@ -273,7 +307,7 @@ def test_ffn_refuses_inconsistent_routing(extension: ModuleType) -> None:
 @pytest.mark.parametrize("tokens", [0, 1, 11])
 def test_a_pool_is_its_units_in_order(extension: ModuleType, choice: Any, shared: bool, tokens: int) -> None:
     """To the bit what `ffn` gives for the shared unit and the experts that serve any token."""
-    units = tuple(unit(96, 80 if index % 2 else 200, 4, 64, index)[0] for index in range(9))
+    units = tuple(unit(96, 80 if index % 2 else 200, PackedFormat(bits=4, group=64), index)[0] for index in range(9))
     pool = PackedPool(units=units[1:], shared=units[0] if shared else None)
     counts, chosen, weights = routed(tokens, 8, 3)
     x, residual = random(tokens, 96), random(tokens, 96, seed=5)
@@ -289,7 +323,7 @@ def test_a_pool_is_its_units_in_order(extension: ModuleType, choice: Any, shared
 
 
 def test_a_pool_refuses_inconsistent_routing(extension: ModuleType) -> None:
-    pool = PackedPool(units=tuple(unit(64, 64, 8, 0, index)[0] for index in range(2)))
+    pool = PackedPool(units=tuple(unit(64, 64, PackedFormat(bits=8, group=0), index)[0] for index in range(2)))
     x, counts, tokens, weights = random(3, 64), torch.tensor([2, 1]), torch.arange(3, dtype=torch.int32), torch.ones(3)
     assert packed.ffn_pool(x, pool, counts, tokens, weights).shape == (3, 64)
     for arguments in (

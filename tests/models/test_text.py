@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import tempfile
 from typing import Any
 
@@ -285,3 +287,43 @@ def test_initialisation_is_reproducible_and_complete() -> None:
         assert torch.isfinite(tensor).all(), name
         assert torch.equal(tensor, second.state_dict()[name]), name
     assert not torch.equal(first.model.embed_tokens.weight, other.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("computed", [torch.float32, torch.bfloat16])
+def test_a_cache_of_another_dtype_rounds_the_same_for_every_chunking(
+    small_model: Any, computed: torch.dtype, stored: torch.dtype
+) -> None:
+    model = small_model(moe=True, dtype=computed)
+    ids = torch.randint(model.config.vocab_size, (12,), generator=torch.Generator().manual_seed(0))
+
+    def states(kv_dtype: torch.dtype | None, *lengths: int) -> Tensor:
+        model.kv_dtype = kv_dtype
+        cache = model.new_cache()
+        assert cache.dtype == (kv_dtype or computed)
+        with torch.inference_mode():
+            return torch.cat(
+                [model.hidden(p, AttentionView(lengths=(len(p),), caches=(cache,))) for p in ids.split(lengths)]
+            )
+
+    exact, whole = states(None, 12), states(stored, 12)
+    noise = 2e-5 if computed == torch.float32 else 0.02
+    for lengths in ((5, 7), (1,) * 12):
+        torch.testing.assert_close(states(stored, *lengths), whole, rtol=noise, atol=noise)
+    difference = float((whole - exact).abs().max())
+    if stored == torch.bfloat16 and computed == torch.float32:
+        assert 1e-4 < difference < 0.05, "keys and values are rounded to 8 bits"
+    else:
+        assert difference == 0, "nothing is rounded"
+
+
+def test_building_without_memory_does_not_load_torchs_compiler() -> None:
+    """Importing torch._dynamo takes longer than all else that `ernie show` does; an initialiser on the meta device does it."""
+    program = (
+        "import sys, ernie45; from ernie45.models.build import build_model; "
+        "build_model(ernie45.ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, "
+        "num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_nextn_predict_layers=1), device='meta'); "
+        "print('torch._dynamo' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n", run.stderr

@@ -24,8 +24,31 @@ def render(source: str, deadline_s: float = 0.4, **variables: Any) -> str:
 
 
 DOUBLED = "{% set ns = namespace(x='a' * 1000) %}{% for i in range(60) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
-LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}BODY{% endfor %}" * 1
-LOOPS += "{% endfor %}{% endfor %}"
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}BODY" + "{% endfor %}" * 3
+KEPT = "{% set ns = namespace(l=[], s='a' * 8000000) %}{% for a in range(9999) %}{% set ns.l = STEP %}{% endfor %}"
+
+# What makes the text or the tree in ns.x about twice as large; sixty times over.
+STRING_STEPS = [
+    "ns.x + ns.x",
+    "ns.x ~ ns.x",
+    "ns.x * 2",
+    "ns.x.replace('a', 'aa')",
+    "ns.x|replace('a', 'aa')",
+    "ns.x.join(['', ns.x, ''])",
+    "['', ns.x, '']|join(ns.x)",
+    "ns.x|indent(1000000, true)",
+    "'%s%s' % (ns.x, ns.x)",
+    "[ns.x, ns.x]|string",
+    "[ns.x, ns.x]|tojson",
+]
+CONTAINER_STEPS = [
+    "[ns.x, ns.x]",
+    "(ns.x, ns.x)",
+    "{'a': ns.x, 'b': ns.x}",
+    "dict(a=ns.x, b=ns.x)",
+    "[ns.x] + [ns.x]",
+    "[ns.x] * 2",
+]
 
 BOMBS = [
     # time
@@ -42,17 +65,7 @@ BOMBS = [
     "{{ 'a' * 10 ** 10 }}",
     "{{ 10 ** 10 * 'a' }}",
     "{{ ['a'] * 10 ** 9 }}",
-    DOUBLED.replace("STEP", "ns.x + ns.x"),
-    DOUBLED.replace("STEP", "ns.x ~ ns.x"),
-    DOUBLED.replace("STEP", "ns.x * 2"),
-    DOUBLED.replace("STEP", "ns.x.replace('a', 'aa')"),
-    DOUBLED.replace("STEP", "ns.x|replace('a', 'aa')"),
-    DOUBLED.replace("STEP", "ns.x.join(['', ns.x, ''])"),
-    DOUBLED.replace("STEP", "['', ns.x, '']|join(ns.x)"),
-    DOUBLED.replace("STEP", "ns.x|indent(1000000, true)"),
-    DOUBLED.replace("STEP", "'%s%s' % (ns.x, ns.x)"),
-    DOUBLED.replace("STEP", "[ns.x, ns.x]|string"),
-    DOUBLED.replace("STEP", "[ns.x, ns.x]|tojson"),
+    *(DOUBLED.replace("STEP", step) for step in STRING_STEPS),
     DOUBLED.replace("{% set ns.x = STEP %}", "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}"),
     "{% macro f(x) %}{{ x }}{{ x }}{% endmacro %}" + DOUBLED.replace("STEP", "f(ns.x)"),
     "{{ '%1000000000d' % 1 }}",
@@ -66,17 +79,10 @@ BOMBS = [
     "{% set x %}{% for a in range(99999) %}" + "x" * 10_000 + "{% endfor %}{% endset %}",
     # values kept: each is small, all together are not
     "{% set ns = namespace(l=[]) %}{% for a in range(9999) %}{% set ns.l = ns.l + ['a' * 999999] %}{% endfor %}",
-    "{% set ns = namespace(l=[], s='a' * 8000000) %}{% for a in range(9999) %}{% set ns.l = [ns.l, ns.s[a:]] %}"
-    "{% endfor %}",
-    "{% set ns = namespace(l=[], s='a' * 8000000) %}{% for a in range(9999) %}{% set ns.l = [ns.l, ns.s.strip()] %}"
-    "{% endfor %}",
+    KEPT.replace("STEP", "[ns.l, ns.s[a:]]"),
+    KEPT.replace("STEP", "[ns.l, ns.s.strip()]"),
     # containers that share their parts: small in memory, exponential when written out or compared
-    DOUBLED.replace("STEP", "[ns.x, ns.x]"),
-    DOUBLED.replace("STEP", "(ns.x, ns.x)"),
-    DOUBLED.replace("STEP", "{'a': ns.x, 'b': ns.x}"),
-    DOUBLED.replace("STEP", "dict(a=ns.x, b=ns.x)"),
-    DOUBLED.replace("STEP", "[ns.x] + [ns.x]"),
-    DOUBLED.replace("STEP", "[ns.x] * 2"),
+    *(DOUBLED.replace("STEP", step) for step in CONTAINER_STEPS),
     "{% macro f() %}{{ g(varargs) }}{% endmacro %}{% macro g(x) %}{{ f(x, x) }}{% endmacro %}{{ f(1) }}",
     # numbers
     "{{ 10 ** (10 ** 10) }}",

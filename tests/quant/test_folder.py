@@ -30,7 +30,7 @@ def test_names_dtypes_and_alignment(packed: Callable[..., Path]) -> None:
     # 8 experts, gate and up of 40 rows padded to 64 each, 96 columns padded to 128, 4 bits.
     assert (entry.dtype, entry.shape) == (torch.uint8, (8, 2 * 64 * 128 // 2))
     assert index.entries[f"{experts}.up_gate_proj.scales"].shape == (8, 2 * 64 * 2)
-    assert index.entries["model.layers.0.self_attn.qkv_proj.weight.scales"].shape == (160,)
+    assert index.entries["model.layers.0.self_attn.qkv_proj.weight.scales"].shape == (2 * 160,)
     packed_entries = [e for name, e in index.entries.items() if name.endswith(".packed")]
     assert packed_entries
     assert all(e.offset % 64 == 0 for e in packed_entries)
@@ -41,7 +41,7 @@ def test_config_states_the_format(packed: Callable[..., Path]) -> None:
     stated = json.loads((packed("wint4", moe=True) / "config.json").read_text())["quantization_config"]
     assert stated["quant_method"] == "ernie45"
     assert (stated["version"], stated["scheme"], stated["calibration"]) == (1, "wint4", None)
-    assert {"pattern": "*.mlp.experts.*_proj", "bits": 4, "group": 64} in stated["formats"]
+    assert {"pattern": "*.mlp.experts.*_proj", "bits": 4, "group": 64, "activation_bits": 8} in stated["formats"]
 
 
 def test_weights_are_mapped_not_copied(packed: Callable[..., Path]) -> None:
@@ -120,7 +120,7 @@ CONFIG_MUTATIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "formats is an object": lambda q: q.update(formats={}),
     "no formats": lambda q: q.update(formats=[]),
     "other bits": lambda q: [rule.update(bits=12 - rule["bits"]) for rule in q["formats"]],
-    "other group": lambda q: [rule.update(group=64) for rule in q["formats"]],
+    "other group": lambda q: [rule.update(group=128) for rule in q["formats"]],
     "a rule less": lambda q: q["formats"].pop(-2),
 }
 

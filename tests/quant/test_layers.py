@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -50,8 +50,8 @@ def _dequantized(source: Source) -> CausalLM:
     return model.eval()
 
 
-def _rounded(x: torch.Tensor) -> torch.Tensor:
-    values, scales = round_activations(x)
+def _rounded(x: torch.Tensor, bits: Literal[8, 16] = 8) -> torch.Tensor:
+    values, scales = round_activations(x, bits)
     return (values * scales[..., None]).flatten(1)[:, : x.shape[1]]
 
 
@@ -73,10 +73,10 @@ class _RoundedExperts(nn.Module):
 
 
 def _round_inputs(model: nn.Module) -> None:
-    """Make a float network round what the packed one rounds."""
+    """Make a float network round what a packed one of scheme wint4 rounds."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, inputs: (_rounded(inputs[0]),))  # not the head: 15 bits
+            module.register_forward_pre_hook(lambda _, inputs: (_rounded(inputs[0], 16),))
         elif isinstance(module, Experts):
             model.set_submodule(name, _RoundedExperts(module))
 

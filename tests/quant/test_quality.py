@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ernie45.cli.main import main
 from ernie45.errors import RequestError, ShapeError
 from ernie45.models.build import build_model
 from ernie45.quant.calibration import Calibration
-from ernie45.quant.quality import chunks_of, compare, compare_chunks
+from ernie45.quant.quality import Quality, chunks_of, compare
 from ernie45.quant.smoothing import smooth
 from ernie45.store.location import model_path
 
@@ -58,13 +59,13 @@ def test_figures_by_hand(checkpoint: Callable[..., Path]) -> None:
     """A model against itself, and against one whose head is shifted: the definitions, spelled out."""
     folder = checkpoint(tie_word_embeddings=False)
     reference, model = load_model(folder), load_model(folder)
-    same = compare(reference, model, _Letters(), TEXT)
+    same = compare(reference, model, chunks_of(_Letters(), TEXT))
     assert (same.perplexity_change, same.kl_mean, same.same_best_token) == (0, 0, 1)
     assert (same.chunk_tokens, same.tokens) == (512, 511 * (len(TEXT) // 512))
     with torch.no_grad():
         model.get_parameter("lm_head.weight").mul_(1.5)
     chunks = chunks_of(_Letters(), TEXT, tokens=10, limit=3)
-    found = compare_chunks(reference, model, chunks)
+    found = compare(reference, model, chunks)
     with torch.inference_mode():
         p, q = (m(chunks)[:, :-1].double().log_softmax(-1) for m in (reference, model))
     nll = -q.gather(2, chunks[:, 1:, None]).mean()
@@ -78,11 +79,62 @@ def test_figures_by_hand(checkpoint: Callable[..., Path]) -> None:
 def test_what_cannot_be_compared(checkpoint: Callable[..., Path]) -> None:
     model = load_model(checkpoint())
     with pytest.raises(RequestError, match="3 tokens"):
-        compare(model, model, _Letters(), "abc")
+        chunks_of(_Letters(), "abc")
     with pytest.raises(ShapeError, match="vocabularies"):
-        compare_chunks(model, load_model(checkpoint(name="b", vocab_size=90)), torch.zeros(1, 5, dtype=torch.int64))
+        compare(model, load_model(checkpoint(name="b", vocab_size=90)), torch.zeros(1, 5, dtype=torch.int64))
     with pytest.raises(ShapeError, match="expected"):
-        compare_chunks(model, model, torch.zeros(3, 1, dtype=torch.int64))
+        compare(model, model, torch.zeros(3, 1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("positions", [1, 39, 511])
+def test_plot(tmp_path: Path, check_png: Callable[[Path], tuple[int, int]], positions: int) -> None:
+    pytest.importorskip("matplotlib")
+    quality = Quality(
+        tokens=64 * positions, chunk_tokens=positions + 1, perplexity_reference=14.8, perplexity=15.4,
+        perplexity_change=0.04, kl_mean=0.03, kl_99=0.4, same_best_token=0.9,
+        kl_by_position=tuple(0.02 + 0.1 / (i + 1) for i in range(positions)),
+    )  # fmt: skip
+    assert quality.save_plot(tmp_path / "quality.png")
+    check_png(tmp_path / "quality.png")
+
+
+def test_without_matplotlib_the_report_says_that_there_is_no_plot(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = ["--report", str(tmp_path / "text.txt"), "-o", str(tmp_path / "own")]
+    assert main(["quantize", "original", "--scheme", "wint8", *arguments]) == 0
+    printed = capsys.readouterr()
+    assert "no plot: matplotlib is not installed" in printed.err
+    assert "same first choice" in printed.out
+    assert not (tmp_path / "own" / "quality.png").exists()
+
+
+def test_a_report_with_a_plot_lies_beside_the_weights(
+    installed: Path, tmp_path: Path, check_png: Callable[[Path], tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "own"
+    assert (
+        main(["quantize", "original", "--scheme", "wint8", "--report", str(tmp_path / "text.txt"), "-o", str(out)]) == 0
+    )
+    check_png(out / "quality.png")
+    figures = json.loads((out / "quality.json").read_text())
+    printed = capsys.readouterr()
+    assert f"{figures['perplexity_reference']:.3f} -> {figures['perplexity']:.3f}" in printed.out
+    assert figures["chunk_tokens"] == len(figures["kl_by_position"]) + 1 == 512
+    assert 0 < figures["kl_mean"] < 0.1
+    assert "no plot" not in printed.err
+    assert main(["verify", str(out)]) == 0, "a report makes the folder no stranger"
+
+
+def test_a_report_text_that_is_too_short_is_refused_before_any_work(
+    installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "short.txt").write_text("a few words")
+    assert main(["quantize", "original", "--scheme", "wint8", "--report", str(tmp_path / "short.txt")]) == 1
+    assert "the text has 11 tokens, one chunk has 512" in capsys.readouterr().err
+    assert not list((tmp_path / "home").rglob("*wint*"))
 
 
 @pytest.fixture

@@ -81,14 +81,18 @@ def test_plain_tensors_are_the_originals(checkpoint: Callable[..., Path], tmp_pa
 def test_scheme_and_group_size_matter(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     folder = checkpoint(moe=True, hidden_size=192, num_hidden_layers=2)
     errors = {}
-    for scheme, group in (("wint8", None), ("wint8", 64), ("wint4", None), ("wint4-all", None), ("wint4-all", 128)):
+    groups = {"wint8": (None, 0), "wint4": (None, 32), "wint4-all": (None, 64, 128)}
+    for scheme, group in ((name, group) for name in groups for group in groups[name]):
         report = quantize_checkpoint(folder, tmp_path / "out", scheme, group_size=group, overwrite=True)
         errors[scheme, group] = {name: facts["relative_error"] for name, facts in report.tensors.items()}
     attention, experts = "model.layers.1.self_attn.qkv_proj.weight", "model.layers.1.mlp.experts.up_gate_proj"
-    assert errors["wint8", 64][attention] < errors["wint8", None][attention] < 0.02
+    assert errors["wint8", None][attention] < errors["wint8", 0][attention] < 0.02
     assert errors["wint4", None][attention] == errors["wint8", None][attention]
     assert errors["wint4", None][experts] > 5 * errors["wint8", None][experts]
-    assert errors["wint4-all", None][attention] < errors["wint4-all", 128][attention]
+    assert errors["wint4", 32][experts] < errors["wint4", None][experts]
+    assert errors["wint4-all", None][experts] == errors["wint4", None][experts]
+    ascending = [errors["wint4-all", group][attention] for group in (None, 64, 128)]
+    assert ascending == sorted(set(ascending))
     own = Scheme(name="mine", rules=(Rule(pattern=attention, format=PackedFormat(bits=4, group=0)),))
     assert list(quantize_checkpoint(folder, tmp_path / "own", own).tensors) == [attention]
     assert not load_model(tmp_path / "own").get_submodule("model.layers.0.mlp.up_gate_proj").weight.is_meta

@@ -12,11 +12,12 @@ from ernie45.kernels.packed import PackedFormat, dequantize, pack
 from ernie45.quant.gptq import gptq, inverse_factor
 from ernie45.quant.rounding import Quantized, quantize, quantize_absmax
 
-FORMATS = [PackedFormat(bits=bits, group=group) for bits in (4, 8) for group in (0, 64, 128)]
+MINIMA = PackedFormat(bits=4, group=32)
+FORMATS = [*(PackedFormat(bits=bits, group=group) for bits in (4, 8) for group in (0, 64, 128)), MINIMA]
 
 
 def _dequantized(result: Quantized, format: PackedFormat) -> torch.Tensor:
-    return dequantize(pack(result.values_NK, result.scales_NS, format))
+    return dequantize(pack(result.values_NK, result.scales, format))
 
 
 def _weighted(weights: torch.Tensor, result: Quantized, format: PackedFormat, importance: torch.Tensor) -> torch.Tensor:
@@ -68,8 +69,29 @@ def test_a_lone_extreme_takes_the_eighth_step(sign: int) -> None:
     format = PackedFormat(bits=4, group=64)
     found = quantize(weights, format)
     assert found.relative_error == 0
-    assert float(found.scales_NS) == sign * 0.125
+    assert float(found.scales) == sign * 0.125
     assert quantize_absmax(weights, format).relative_error > 0.02
+
+
+def test_a_grid_with_minima_is_found_exactly() -> None:
+    """Weights that are already a scale times 0 .. 15 plus a minimum per 32 columns, as GGUF's Q4_1 holds them."""
+    generator = torch.Generator().manual_seed(8)
+    codes = torch.randint(0, 16, (50, 6, 32), generator=generator)
+    codes[..., 0], codes[..., 1] = 0, 15
+    scale = (0.01 + 0.05 * torch.rand(50, 6, 1, generator=generator)).half().float()
+    minimum = (-scale * 15 * torch.rand(50, 6, 1, generator=generator)).half().float()
+    weights = (codes * scale + minimum).flatten(1)
+    found = quantize(weights, MINIMA)
+    assert found.relative_error < 1e-7
+    assert torch.equal(found.values_NK, (codes - 8).flatten(1).to(torch.int8))
+    assert quantize(weights, PackedFormat(bits=4, group=64)).relative_error > 0.05
+
+
+def test_minima_follow_skewed_weights() -> None:
+    """Exponential weights lie on one side of zero: half of a symmetric grid is wasted on them."""
+    weights = torch.empty(64, 256).exponential_(generator=torch.Generator().manual_seed(9))
+    symmetric = quantize(weights, PackedFormat(bits=4, group=64)).relative_error
+    assert quantize(weights, MINIMA).relative_error < 0.55 * symmetric
 
 
 def test_importance_decides_where_the_error_goes() -> None:
@@ -88,8 +110,8 @@ def test_zeros_and_extremes(format: PackedFormat) -> None:
         weights = torch.full((3, 70), value)
         weights[0] = 0
         result = quantize(weights, format)
-        assert torch.isfinite(result.scales_NS).all()
-        assert not result.values_NK[0].any()
+        assert torch.isfinite(result.scales).all()
+        assert not _dequantized(result, format)[0].any()
         assert result.relative_error == 0 or value in (1e-9, 3e38, 6e4)
     assert quantize(torch.empty(0, 70), format).relative_error == 0
 

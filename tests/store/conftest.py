@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import sentencepiece as spm
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import ernie45
 from ernie45.errors import NotFoundError, TransferError
@@ -30,22 +29,10 @@ _SENTENCES = ["the quick brown fox jumps over the lazy dog", "User: hello world,
 
 
 @pytest.fixture(scope="session")
-def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bpe_folder(train_byte_level: Callable[..., Path]) -> Path:
     """A byte-level BPE vocabulary as tokenizer.json, 320 tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|end_of_sentence|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
-    folder = tmp_path_factory.mktemp("bpe")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return folder
+    special = ["<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|end_of_sentence|>"]
+    return train_byte_level(_SENTENCES, special=special, bos="<s>")
 
 
 @pytest.fixture(scope="session")

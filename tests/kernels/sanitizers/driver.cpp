@@ -72,14 +72,17 @@ struct Matrix {
     std::unique_ptr<std::uint16_t[]> scales;
 };
 
-Matrix matrix(std::size_t rows, std::size_t columns, int bits, std::size_t groups_per_scale) {
+Matrix matrix(std::size_t rows, std::size_t columns, int bits, std::size_t groups_per_scale, bool wide,
+              bool minima = false) {
     Matrix m;
+    m.view.minima = minima;
+    m.view.wide = wide;
     m.view.rows = rows;
     m.view.columns = columns;
     m.view.bits = bits;
     m.view.groups_per_scale = groups_per_scale == 0 ? m.view.groups() : groups_per_scale;
     m.weights = bytes<std::uint8_t>(m.view.blocks() * m.view.groups() * m.view.group_bytes());
-    const std::size_t scales = m.view.blocks() * m.view.scale_sets() * kRows;
+    const std::size_t scales = m.view.blocks() * m.view.scale_sets() * m.view.set_size();
     m.scales = exactly<std::uint16_t>(scales);
     for (std::size_t i = 0; i < scales; ++i) m.scales[i] = static_cast<std::uint16_t>(0x2000 + (engine() & 0xFFF));
     m.view.weights = m.weights.get();
@@ -88,11 +91,12 @@ Matrix matrix(std::size_t rows, std::size_t columns, int bits, std::size_t group
 }
 
 void packed_products() {
-    for (const int bits : {4, 8}) {
+    for (const auto& [bits, wide] : std::vector<std::pair<int, bool>>{{4, false}, {4, true}, {8, false}, {8, true}}) {
         for (const std::size_t group : {0, 1, 2}) {
+            const bool minima = bits == 4 && group == 1;
             for (const auto& [rows, columns, tokens] :
                  std::vector<std::array<std::size_t, 3>>{{1, 1, 1}, {33, 130, 5}, {16, 64, 8}, {70, 700, 60}, {5, 65, 0}}) {
-                const Matrix m = matrix(rows, columns, bits, group);
+                const Matrix m = matrix(rows, columns, bits, group, wide, minima);
                 const auto x = normal(tokens * columns), bias = normal(rows), residual = normal(tokens * rows);
                 everywhere("linear", tokens * rows, [&](float* y) {
                     packed_linear(x.get(), tokens, m.view, bias.get(), residual.get(), y);
@@ -107,9 +111,9 @@ void packed_products() {
             for (std::size_t i = 0; i < 4; ++i) chosen[i] = static_cast<std::int32_t>(2 * i);
             for (const std::size_t width : {70, 200, 64}) {
                 FfnUnit unit;
-                kept.push_back(matrix(2 * round_up(width, kGroup), hidden, bits, group));
+                kept.push_back(matrix(2 * round_up(width, kGroup), hidden, bits, group, wide, minima));
                 unit.gate_up = kept.back().view;
-                kept.push_back(matrix(hidden, width, bits, group));
+                kept.push_back(matrix(hidden, width, bits, group, !wide, minima));
                 unit.down = kept.back().view;
                 unit.count = width == 70 ? 4 : width == 200 ? 0 : tokens;
                 unit.tokens = width == 70 ? chosen.get() : nullptr;
