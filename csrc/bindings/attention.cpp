@@ -4,11 +4,15 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <complex>
 #include <optional>
 #include <string>
+#include <vector>
 
+#include "bindings/array.hpp"
 #include "kernels/attention.hpp"
 #include "kernels/elementwise.hpp"
 #include "kernels/router.hpp"
@@ -19,8 +23,6 @@ namespace ernie45 {
 namespace {
 
 using Any = nb::ndarray<nb::device::cpu>;
-template <typename T, int Dims>
-using Array = nb::ndarray<T, nb::ndim<Dims>, nb::device::cpu, nb::c_contig>;
 
 [[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
 
@@ -99,23 +101,27 @@ struct BoundStore {
     }
 };
 
-// The sequences of a step, checked once for all layers, and the arrays that it points into.
+// The sequences of a step, checked once for all layers. The numbers are copied: nobody can change what was checked.
 struct BoundSequences {
     Sequences view;
-    Array<const std::int32_t, 1> fresh, lengths;
-    Array<const std::int32_t, 2> pages;
+    std::vector<std::int32_t> fresh, lengths, pages;
     std::size_t num_tokens = 0;
 
-    BoundSequences(Array<const std::int32_t, 1> fresh_array, Array<const std::int32_t, 1> length_array,
-                   Array<const std::int32_t, 2> page_array)
-        : fresh(std::move(fresh_array)), lengths(std::move(length_array)), pages(std::move(page_array)) {
-        view.count = fresh.shape(0);
-        check("Sequences", "lengths", lengths, {view.count});
-        if (pages.shape(0) != view.count) check("Sequences", "pages", pages, {view.count, pages.shape(1)});
+    BoundSequences(const BoundSequences&) = delete;  // the view points into it
+    BoundSequences& operator=(const BoundSequences&) = delete;
+
+    BoundSequences(const Array<const std::int32_t, 1>& fresh_array, const Array<const std::int32_t, 1>& length_array,
+                   const Array<const std::int32_t, 2>& page_array)
+        : fresh(fresh_array.data(), fresh_array.data() + fresh_array.shape(0)),
+          lengths(length_array.data(), length_array.data() + length_array.shape(0)),
+          pages(page_array.data(), page_array.data() + page_array.shape(0) * page_array.shape(1)) {
+        view.count = fresh.size();
+        check("Sequences", "lengths", length_array, {view.count});
+        check("Sequences", "pages", page_array, {view.count, page_array.shape(1)});
         view.fresh = fresh.data();
         view.lengths = lengths.data();
         view.pages = pages.data();
-        view.pages_per_sequence = pages.shape(1);
+        view.pages_per_sequence = page_array.shape(1);
         for (std::size_t i = 0; i < view.count; ++i) {
             if (view.fresh[i] < 0 || view.fresh[i] > view.lengths[i]) {
                 refuse("[Sequences] sequence " + std::to_string(i) + ": expected new tokens between 0 and its length " +
@@ -125,53 +131,92 @@ struct BoundSequences {
         }
     }
 
-    // Every page that the sequences reach is one of the store. Entries behind a sequence's last page are not looked at.
-    void check_pages(const char* operation, const KvStore& store) const {
-        for (std::size_t i = 0; i < view.count; ++i) {
-            const auto length = static_cast<std::size_t>(view.lengths[i]);
-            const std::size_t needed = (length + store.slots - 1) / store.slots;
-            const std::string where = std::string("[") + operation + "] sequence " + std::to_string(i) + ": ";
-            if (needed > view.pages_per_sequence) {
-                refuse(where + "expected " + std::to_string(needed) + " pages for " + std::to_string(length) + " tokens, got " +
-                       std::to_string(view.pages_per_sequence));
-            }
-            const std::int32_t* row = view.pages + i * view.pages_per_sequence;
-            for (std::size_t page = 0; page < needed; ++page) {
-                if (row[page] < 0 || static_cast<std::size_t>(row[page]) >= store.pages) {
-                    refuse(where + "expected pages from 0 to " + std::to_string(store.pages - 1) + ", got " + std::to_string(row[page]));
-                }
-            }
+    // Every page that a sequence reaches is one of its store. Entries behind its last page are not looked at.
+    void check_pages(const char* operation, std::size_t sequence, const KvStore& store) const {
+        const auto length = static_cast<std::size_t>(view.lengths[sequence]);
+        const std::size_t needed = (length + store.slots - 1) / store.slots;
+        const auto fail = [&](const std::string& what) {
+            refuse(std::string("[") + operation + "] sequence " + std::to_string(sequence) + ": expected " + what);
+        };
+        if (needed > view.pages_per_sequence) {
+            fail(std::to_string(needed) + " pages for " + std::to_string(length) + " tokens, got " +
+                 std::to_string(view.pages_per_sequence));
+        }
+        const std::int32_t* row = view.pages + sequence * view.pages_per_sequence;
+        for (std::size_t page = 0; page < needed; ++page) {
+            if (row[page] >= 0 && static_cast<std::size_t>(row[page]) < store.pages) continue;
+            fail("pages from 0 to " + std::to_string(store.pages - 1) + ", got " + std::to_string(row[page]));
         }
     }
 };
 
-void bound_attention(const Array<const float, 3>& q, const Array<float, 3>& out, const BoundStore& store, const BoundSequences& sequences,
-                     float scale) {
-    const std::size_t heads = q.shape(1);
-    check("attention", "q", q, {sequences.num_tokens, heads, store.view.head_dim});
-    check("attention", "out", out, {sequences.num_tokens, heads, store.view.head_dim});
-    if (heads == 0 || heads % store.view.heads != 0) {
-        refuse("[attention] expected query heads in equal groups over " + std::to_string(store.view.heads) + " key heads, got " +
-               std::to_string(heads));
+// The stores of a call, checked: one for all sequences or one for each, of equal heads and head sizes, with every page that is asked for.
+class Stores {
+   public:
+    Stores(const char* operation, const std::vector<const BoundStore*>& stores, const BoundSequences& sequences) {
+        if (stores.size() != 1 && (stores.empty() || stores.size() != sequences.view.count)) {
+            refuse(std::string("[") + operation + "] expected one store, or one for each of " + std::to_string(sequences.view.count) +
+                   " sequences, got " + std::to_string(stores.size()));
+        }
+        for (const BoundStore* store : stores) each_.push_back(&store->view);
+        view.each = each_.data();
+        view.count = each_.size();
+        for (const KvStore* store : each_) {
+            if (store->heads == view.heads() && store->head_dim == view.head_dim()) continue;
+            refuse(std::string("[") + operation + "] expected stores of equal heads and head sizes, got (" + std::to_string(view.heads()) +
+                   ", " + std::to_string(view.head_dim()) + ") and (" + std::to_string(store->heads) + ", " +
+                   std::to_string(store->head_dim) + ")");
+        }
+        for (std::size_t i = 0; i < sequences.view.count; ++i) sequences.check_pages(operation, i, view.of(i));
     }
-    sequences.check_pages("attention", store.view);
-    nb::gil_scoped_release unlocked;
-    attention(q.data(), heads, store.view, sequences.view, scale, out.data());
+
+    KvStores view;
+
+   private:
+    std::vector<const KvStore*> each_;
+};
+
+// Tensors need complex<float> as their type; the kernels take its two halves.
+const float* halves(const Array<const std::complex<float>, 2>& rotation) { return reinterpret_cast<const float*>(rotation.data()); }
+
+void check_heads(const char* operation, std::size_t heads, const KvStores& stores) {
+    if (heads != 0 && heads % stores.heads() == 0) return;
+    refuse(std::string("[") + operation + "] expected query heads in equal groups over " + std::to_string(stores.heads()) +
+           " key heads, got " + std::to_string(heads));
 }
 
-void bound_rope_append(const Array<const float, 2>& qkv, const Any& rotation, const Array<float, 3>& q, const BoundStore& store,
-                       const BoundSequences& sequences) {
-    const std::size_t tokens = sequences.num_tokens, dim = store.view.head_dim, heads = q.shape(1);
-    check("rope_append", "q", q, {tokens, heads, dim});
-    check("rope_append", "qkv", qkv, {tokens, (heads + 2 * store.view.heads) * dim});
-    check("rope_append", "rotation", rotation, {tokens, dim / 2});
-    const bool packed = tokens == 0 || (rotation.stride(1) == 1 && rotation.stride(0) == static_cast<std::int64_t>(dim / 2));
-    if (rotation.dtype() != nb::dlpack::dtype{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Complex), 64, 1} || !packed) {
-        refuse("[rope_append] rotation: expected contiguous complex64");
-    }
-    sequences.check_pages("rope_append", store.view);
+void bound_attention(const Array<const float, 3>& q, const Array<float, 3>& out, const std::vector<const BoundStore*>& stores,
+                     const BoundSequences& sequences, float scale) {
+    const Stores checked("attention", stores, sequences);
+    const std::size_t heads = q.shape(1), dim = checked.view.head_dim();
+    check("attention", "q", q, {sequences.num_tokens, heads, dim});
+    check("attention", "out", out, {sequences.num_tokens, heads, dim});
+    check_heads("attention", heads, checked.view);
     nb::gil_scoped_release unlocked;
-    rope_append(qkv.data(), heads, static_cast<const float*>(rotation.data()), store.view, sequences.view, q.data());
+    attention(q.data(), heads, checked.view, sequences.view, scale, out.data());
+}
+
+void bound_rope_append(const Array<const float, 2>& qkv, const Array<const std::complex<float>, 2>& rotation, const Array<float, 3>& q,
+                       const std::vector<const BoundStore*>& stores, const BoundSequences& sequences) {
+    const Stores checked("rope_append", stores, sequences);
+    const std::size_t tokens = sequences.num_tokens, dim = checked.view.head_dim(), heads = q.shape(1);
+    check("rope_append", "q", q, {tokens, heads, dim});
+    check("rope_append", "qkv", qkv, {tokens, (heads + 2 * checked.view.heads()) * dim});
+    check("rope_append", "rotation", rotation, {tokens, dim / 2});
+    nb::gil_scoped_release unlocked;
+    rope_append(qkv.data(), heads, halves(rotation), checked.view, sequences.view, q.data());
+}
+
+void bound_attend(const Array<const float, 2>& qkv, const Array<const std::complex<float>, 2>& rotation, const Array<float, 2>& out,
+                  const std::vector<const BoundStore*>& stores, const BoundSequences& sequences, float scale) {
+    const Stores checked("attend", stores, sequences);
+    const std::size_t tokens = sequences.num_tokens, dim = checked.view.head_dim(), heads = out.shape(1) / dim;
+    check("attend", "out", out, {tokens, heads * dim});
+    check("attend", "qkv", qkv, {tokens, (heads + 2 * checked.view.heads()) * dim});
+    check("attend", "rotation", rotation, {tokens, dim / 2});
+    check_heads("attend", heads, checked.view);
+    nb::gil_scoped_release unlocked;
+    attend(qkv.data(), heads, halves(rotation), checked.view, sequences.view, scale, out.data());
 }
 
 void bound_rms_norm(const Array<const float, 2>& x, const Array<const float, 1>& weight, float eps, const Array<float, 2>& y,
@@ -224,16 +269,21 @@ void bind_attention(nb::module_& m) {
              nb::arg("key_scales") = nb::none(), nb::arg("value_scales") = nb::none(),
              nb::sig("def __init__(self, keys: Tensor, values: Tensor, key_scales: Tensor | None = None, "
                      "value_scales: Tensor | None = None) -> None"));
-    nb::class_<BoundSequences>(m, "Sequences", "New tokens, lengths and pages of a step's sequences; keeps its arrays alive.")
-        .def(nb::init<Array<const std::int32_t, 1>, Array<const std::int32_t, 1>, Array<const std::int32_t, 2>>(), nb::arg("fresh"),
-             nb::arg("lengths"), nb::arg("pages"),
+    nb::class_<BoundSequences>(m, "Sequences", "New tokens, lengths and pages of a step's sequences; copies its arrays.")
+        .def(nb::init<const Array<const std::int32_t, 1>&, const Array<const std::int32_t, 1>&, const Array<const std::int32_t, 2>&>(),
+             nb::arg("fresh"), nb::arg("lengths"), nb::arg("pages"),
              nb::sig("def __init__(self, fresh: Tensor, lengths: Tensor, pages: Tensor) -> None"));
-    m.def("attention", &bound_attention, nb::arg("q"), nb::arg("out"), nb::arg("store"), nb::arg("sequences"), nb::arg("scale"),
-          nb::sig("def attention(q: Tensor, out: Tensor, store: KvStore, sequences: Sequences, scale: float) -> None"),
-          "out (T, N, D) = causal attention of q (T, N, D) over the store, float32.");
-    m.def("rope_append", &bound_rope_append, nb::arg("qkv"), nb::arg("rotation"), nb::arg("q"), nb::arg("store"), nb::arg("sequences"),
-          nb::sig("def rope_append(qkv: Tensor, rotation: Tensor, q: Tensor, store: KvStore, sequences: Sequences) -> None"),
-          "q (T, N, D) = rotated queries of qkv (T, (N + 2 G) D); rotated keys and the values go into the store.");
+    m.def("attention", &bound_attention, nb::arg("q"), nb::arg("out"), nb::arg("stores"), nb::arg("sequences"), nb::arg("scale"),
+          nb::sig("def attention(q: Tensor, out: Tensor, stores: Sequence[KvStore], sequences: Sequences, scale: float) -> None"),
+          "out (T, N, D) = causal attention of q (T, N, D) over the stores, one for all sequences or one each; float32.");
+    m.def("rope_append", &bound_rope_append, nb::arg("qkv"), nb::arg("rotation"), nb::arg("q"), nb::arg("stores"), nb::arg("sequences"),
+          nb::sig("def rope_append(qkv: Tensor, rotation: Tensor, q: Tensor, stores: Sequence[KvStore], sequences: Sequences) -> None"),
+          "q (T, N, D) = rotated queries of qkv (T, (N + 2 G) D); rotated keys and the values go into the stores.");
+    m.def("attend", &bound_attend, nb::arg("qkv"), nb::arg("rotation"), nb::arg("out"), nb::arg("stores"), nb::arg("sequences"),
+          nb::arg("scale"),
+          nb::sig("def attend(qkv: Tensor, rotation: Tensor, out: Tensor, stores: Sequence[KvStore], sequences: Sequences, "
+                  "scale: float) -> None"),
+          "rope_append and attention in one: out (T, N D).");
     m.def("rms_norm", &bound_rms_norm, nb::arg("x"), nb::arg("weight"), nb::arg("eps"), nb::arg("y"), nb::arg("residual") = nb::none(),
           nb::arg("sum") = nb::none(),
           nb::sig("def rms_norm(x: Tensor, weight: Tensor, eps: float, y: Tensor, residual: Tensor | None = None, "

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings/array.hpp"
 #include "kernels/isa.hpp"
 #include "kernels/packed_ops.hpp"
 #include "kernels/thread_pool.hpp"
@@ -22,11 +23,12 @@ namespace {
 
 using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
 using Halves = nb::ndarray<const std::uint16_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
-using Matrix = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
-using Output = nb::ndarray<float, nb::ndim<2>, nb::device::cpu, nb::c_contig>;
-using Vector = nb::ndarray<const float, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
-using Ids = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
-using Tokens = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::device::cpu, nb::c_contig>;
+using Matrix = Array<const float, 2>;
+using Output = Array<float, 2>;
+using Vector = Array<const float, 1>;
+using Ids = Array<const std::int64_t, 1>;
+using Tokens = Array<const std::int32_t, 1>;
+using Counts = Array<const std::int64_t, 1>;
 
 [[noreturn]] void refuse(const std::string& message) { throw nb::value_error(message.c_str()); }
 
@@ -107,6 +109,14 @@ struct Ffn {
     }
 };
 
+void check_tokens(const char* operation, const Tokens& tokens, std::size_t num_tokens) {
+    for (std::size_t i = 0; i < tokens.shape(0); ++i) {
+        const std::int32_t token = tokens.data()[i];
+        if (token >= 0 && static_cast<std::size_t>(token) < num_tokens) continue;
+        refuse(std::string("[") + operation + "] token " + std::to_string(token) + " is none of x");
+    }
+}
+
 void ffn(const std::vector<const Ffn*>& units, const Matrix& x, const Output& y, const std::optional<Tokens>& tokens,
          const std::optional<Vector>& weights, const std::vector<std::int64_t>& counts, const std::optional<Matrix>& residual) {
     const std::size_t num_tokens = x.shape(0), hidden = x.shape(1);
@@ -138,14 +148,63 @@ void ffn(const std::vector<const Ffn*>& units, const Matrix& x, const Output& y,
         refuse("[ffn] expected " + std::to_string(routed) + " tokens and weights, got " + std::to_string(tokens->shape(0)) + " and " +
                std::to_string(weights->shape(0)));
     }
-    for (std::size_t i = 0; i < routed; ++i) {
-        const std::int32_t token = tokens->data()[i];
-        if (token < 0 || static_cast<std::size_t>(token) >= num_tokens) refuse("[ffn] token " + std::to_string(token) + " is none of x");
-    }
+    if (tokens) check_tokens("ffn", *tokens, num_tokens);
     const float* residual_values = residual ? residual->data() : nullptr;
     nb::gil_scoped_release unlocked;
     packed_ffn(x.data(), num_tokens, hidden, prepared.data(), prepared.size(), residual_values, y.data());
 }
+
+// The routed experts of a layer and what serves every token; the units stay alive with it.
+struct FfnPool {
+    std::vector<nb::object> objects;
+    nb::object shared_object;
+    std::vector<FfnUnit> units;
+    std::optional<FfnUnit> shared;
+
+    FfnPool(std::vector<nb::object> unit_objects, std::optional<nb::object> shared_unit) : objects(std::move(unit_objects)) {
+        for (const nb::object& object : objects) units.push_back(nb::cast<const Ffn&>(object).unit);
+        if (!shared_unit) return;
+        shared_object = *shared_unit;
+        shared = nb::cast<const Ffn&>(shared_object).unit;
+    }
+
+    void run(const Matrix& x, const Output& y, const Counts& counts, const Tokens& tokens, const Vector& weights,
+             const std::optional<Matrix>& residual) const {
+        const std::size_t num_tokens = x.shape(0), hidden = x.shape(1), routed = tokens.shape(0);
+        check("ffn_pool", "y", num_tokens, hidden, y.shape(0), y.shape(1));
+        if (residual) check("ffn_pool", "residual", num_tokens, hidden, residual->shape(0), residual->shape(1));
+        check("ffn_pool", "counts", 1, units.size(), 1, counts.shape(0));
+        check("ffn_pool", "weights", 1, routed, 1, weights.shape(0));
+        std::vector<FfnUnit> prepared;
+        if (shared) {
+            prepared.push_back(*shared);
+            prepared.back().count = num_tokens;
+        }
+        std::size_t used = 0;
+        for (std::size_t u = 0; u < units.size(); ++u) {
+            const std::int64_t count = counts.data()[u];
+            if (count == 0) continue;
+            if (count < 0 || static_cast<std::size_t>(count) > routed - used) {
+                refuse("[ffn_pool] expected counts that add up to " + std::to_string(routed) + " tokens, got " + std::to_string(count) +
+                       " for expert " + std::to_string(u));
+            }
+            FfnUnit unit = units[u];
+            unit.count = static_cast<std::size_t>(count);
+            unit.tokens = tokens.data() + used;
+            unit.weights = weights.data() + used;
+            used += unit.count;
+            prepared.push_back(unit);
+        }
+        if (used != routed) {
+            refuse("[ffn_pool] expected counts that add up to " + std::to_string(routed) + " tokens, got " + std::to_string(used));
+        }
+        for (const FfnUnit& unit : prepared) check("ffn_pool", "unit", hidden, unit.down.columns, unit.down.rows, unit.down.columns);
+        check_tokens("ffn_pool", tokens, num_tokens);
+        const float* residual_values = residual ? residual->data() : nullptr;
+        nb::gil_scoped_release unlocked;
+        packed_ffn(x.data(), num_tokens, hidden, prepared.data(), prepared.size(), residual_values, y.data());
+    }
+};
 
 void rows(const PackedMatrix& matrix, const Ids& ids, const Output& y) {
     check("rows", "y", ids.shape(0), matrix.view.columns, y.shape(0), y.shape(1));
@@ -200,6 +259,14 @@ void bind_packed(nb::module_& m) {
     nb::class_<Ffn>(m, "Ffn", "Gate, up and down of one SwiGLU in kernel layout.")
         .def(nb::init<nb::object, nb::object>(), nb::arg("gate_up"), nb::arg("down"),
              nb::sig("def __init__(self, gate_up: PackedMatrix, down: PackedMatrix) -> None"));
+    nb::class_<FfnPool>(m, "FfnPool", "The routed experts of a layer, and a unit that serves every token.")
+        .def(nb::init<std::vector<nb::object>, std::optional<nb::object>>(), nb::arg("units"), nb::arg("shared").none(),
+             nb::sig("def __init__(self, units: Sequence[Ffn], shared: Ffn | None) -> None"))
+        .def("run", &FfnPool::run, nb::arg("x"), nb::arg("y"), nb::arg("counts"), nb::arg("tokens"), nb::arg("weights"),
+             nb::arg("residual").none(),
+             nb::sig("def run(self, x: Tensor, y: Tensor, counts: Tensor, tokens: Tensor, weights: Tensor, "
+                     "residual: Tensor | None) -> None"),
+             "y = residual + shared unit + weighted sum of the experts; counts, tokens and weights as route orders them.");
     m.def("ffn", &ffn, nb::arg("units"), nb::arg("x"), nb::arg("y"), nb::arg("tokens").none(), nb::arg("weights").none(),
           nb::arg("counts"), nb::arg("residual") = nb::none(),
           nb::sig("def ffn(units: Sequence[Ffn], x: Tensor, y: Tensor, tokens: Tensor | None, weights: Tensor | None, "

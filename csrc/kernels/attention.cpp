@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/aligned.hpp"
+#include "kernels/elementwise.hpp"
 #include "kernels/isa.hpp"
 #include "kernels/thread_pool.hpp"
 
@@ -58,7 +59,7 @@ struct Part {
 };
 
 struct Buffers {
-    Scratch q, scores, piece, block, total, partial;
+    Scratch rotated, q, scores, piece, block, total, partial;
     std::vector<Unit> units;
 };
 
@@ -69,9 +70,9 @@ Buffers& buffers() {
 
 class Attention {
    public:
-    Attention(const float* q, std::size_t query_heads, const KvStore& store, const Sequences& sequences, float scale, float* out)
-        : q_(q), query_heads_(query_heads), store_(store), sequences_(sequences), scale_(scale), out_(out),
-          dim_(store.head_dim), kernels_(attention_kernels()) {}
+    Attention(const float* q, std::size_t query_heads, const KvStores& stores, const Sequences& sequences, float scale, float* out)
+        : q_(q), query_heads_(query_heads), stores_(stores), sequences_(sequences), scale_(scale), out_(out),
+          dim_(stores.head_dim()), kernels_(attention_kernels()) {}
 
     void run() {
         std::vector<Unit>& units = buffers().units;
@@ -114,7 +115,7 @@ class Attention {
 
    private:
     void find_units(std::vector<Unit>& units) const {
-        const std::size_t per_group = query_heads_ / store_.heads, per_unit = std::max<std::size_t>(1, kRows / per_group);
+        const std::size_t heads = stores_.heads(), per_group = query_heads_ / heads, per_unit = std::max<std::size_t>(1, kRows / per_group);
         units.clear();
         std::size_t token = 0;
         for (std::size_t sequence = 0; sequence < sequences_.count; ++sequence) {
@@ -122,7 +123,7 @@ class Attention {
             const auto before = static_cast<std::size_t>(sequences_.lengths[sequence]) - fresh;
             for (std::size_t first = 0; first < fresh; first += per_unit) {
                 const std::size_t queries = std::min(per_unit, fresh - first);
-                for (std::size_t head = 0; head < store_.heads; ++head) {
+                for (std::size_t head = 0; head < heads; ++head) {
                     units.push_back({sequence, head, token + first, queries, before + first + 1, queries * per_group, per_group, 0, false});
                 }
             }
@@ -143,16 +144,18 @@ class Attention {
     }
 
     // `count` keys or values from position `at` on, as float32 (count, D): in place where they lie so, else in the piece's memory.
-    const float* widen(const Unit& unit, const KvHalf& half, std::size_t at, std::size_t count) const {
+    const float* widen(const Unit& unit, KvHalf KvStore::* which, std::size_t at, std::size_t count) const {
+        const KvStore& store = stores_.of(unit.sequence);
+        const KvHalf& half = store.*which;
         const std::int32_t* pages = sequences_.pages + unit.sequence * sequences_.pages_per_sequence;
         float* piece = buffers().piece.floats(kPiece * dim_);
         for (std::size_t done = 0; done < count;) {
-            const std::size_t slot = (at + done) % store_.slots, now = std::min(count - done, store_.slots - slot);
-            const std::ptrdiff_t page = pages[(at + done) / store_.slots], head = static_cast<std::ptrdiff_t>(unit.head);
+            const std::size_t slot = (at + done) % store.slots, now = std::min(count - done, store.slots - slot);
+            const std::ptrdiff_t page = pages[(at + done) / store.slots], head = static_cast<std::ptrdiff_t>(unit.head);
             const std::ptrdiff_t from =
                 page * half.page_stride + head * half.head_stride + static_cast<std::ptrdiff_t>(slot * dim_);
             float* to = piece + done * dim_;
-            switch (store_.type) {
+            switch (store.type) {
                 case KvType::kFloat32: {
                     const float* values = static_cast<const float*>(half.base) + from;
                     if (now == count) return values;
@@ -177,10 +180,10 @@ class Attention {
 
     // Calls body(tile, keys from the piece's start that the tile sees).
     template <typename Body>
-    void for_pieces(const Unit& unit, const KvHalf& half, std::size_t start, const Body& body) const {
+    void for_pieces(const Unit& unit, KvHalf KvStore::* which, std::size_t start, const Body& body) const {
         const std::size_t count = std::min(kBlock, unit.keys() - start), tiles = unit.tiles();
         for (std::size_t piece = 0; piece < count; piece += kPiece) {
-            const float* values = widen(unit, half, start + piece, std::min(kPiece, count - piece));
+            const float* values = widen(unit, which, start + piece, std::min(kPiece, count - piece));
             for (std::size_t tile = 0; tile < tiles; ++tile) {
                 const std::size_t keys = unit.tile_keys(tile, start);
                 if (keys > piece) body(tile, piece, values, std::min(kPiece, keys - piece));
@@ -191,7 +194,7 @@ class Attention {
     void run_block(const Unit& unit, std::size_t block, const float* queries, Part part) const {
         const std::size_t start = block * kBlock, tiles = unit.tiles();
         float* scores = buffers().scores.floats(tiles * kBlock * kTileRows);
-        for_pieces(unit, store_.keys, start, [&](std::size_t tile, std::size_t piece, const float* keys, std::size_t count) {
+        for_pieces(unit, &KvStore::keys, start, [&](std::size_t tile, std::size_t piece, const float* keys, std::size_t count) {
             kernels_.dots(queries + tile * kTileRows * dim_, unit.tile_rows(tile), keys, count, dim_,
                           scores + (tile * kBlock + piece) * kTileRows);
         });
@@ -210,7 +213,7 @@ class Attention {
             kernels_.softmax(tile_scores, keys, maxima, part.sums + tile * kTileRows);
         }
         std::memset(part.o, 0, unit.rows * dim_ * sizeof(float));
-        for_pieces(unit, store_.values, start, [&](std::size_t tile, std::size_t piece, const float* values, std::size_t count) {
+        for_pieces(unit, &KvStore::values, start, [&](std::size_t tile, std::size_t piece, const float* values, std::size_t count) {
             kernels_.weigh(scores + (tile * kBlock + piece) * kTileRows, unit.tile_rows(tile), values, count, dim_,
                            part.o + tile * kTileRows * dim_);
         });
@@ -254,7 +257,7 @@ class Attention {
 
     const float* q_;
     std::size_t query_heads_;
-    const KvStore& store_;
+    const KvStores& stores_;
     const Sequences& sequences_;
     float scale_;
     float* out_;
@@ -275,8 +278,17 @@ const AttentionKernels& attention_kernels() {
     return baseline_attention();
 }
 
-void attention(const float* q, std::size_t query_heads, const KvStore& store, const Sequences& sequences, float scale, float* out) {
-    Attention(q, query_heads, store, sequences, scale, out).run();
+void attention(const float* q, std::size_t query_heads, const KvStores& stores, const Sequences& sequences, float scale, float* out) {
+    Attention(q, query_heads, stores, sequences, scale, out).run();
+}
+
+void attend(const float* qkv, std::size_t query_heads, const float* rotation, const KvStores& stores, const Sequences& sequences,
+            float scale, float* out) {
+    std::size_t tokens = 0;
+    for (std::size_t i = 0; i < sequences.count; ++i) tokens += static_cast<std::size_t>(sequences.fresh[i]);
+    float* q = buffers().rotated.floats(tokens * query_heads * stores.head_dim());
+    rope_append(qkv, query_heads, rotation, stores, sequences, q);
+    attention(q, query_heads, stores, sequences, scale, out);
 }
 
 }  // namespace ernie45

@@ -35,6 +35,17 @@ struct KvStore {
     std::size_t pages = 0, heads = 0, slots = 0, head_dim = 0;
 };
 
+// Where the sequences of a step keep their keys and values: all in one store, such as a page pool, or each in one of its own. Heads and
+// head size are the same in all of them; type, pages and slots may differ.
+struct KvStores {
+    const KvStore* const* each = nullptr;
+    std::size_t count = 0;  // 1, or that of the sequences
+
+    std::size_t heads() const { return each[0]->heads; }
+    std::size_t head_dim() const { return each[0]->head_dim; }
+    const KvStore& of(std::size_t sequence) const { return *each[count == 1 ? 0 : sequence]; }
+};
+
 // The sequences of a step; their new tokens are packed one behind the other.
 struct Sequences {
     std::size_t count = 0;
@@ -48,7 +59,11 @@ constexpr std::size_t kMaxHeadDim = 256;  // and a multiple of 16
 
 // out (T, query_heads, D) = attention of q (T, query_heads, D), float32. Query i of the n new ones of a sequence sees its first
 // length - n + i + 1 keys.
-void attention(const float* q, std::size_t query_heads, const KvStore& store, const Sequences& sequences, float scale, float* out);
+void attention(const float* q, std::size_t query_heads, const KvStores& stores, const Sequences& sequences, float scale, float* out);
+
+// rope_append (elementwise.hpp) and attention one after the other; the rotated queries stay in memory of the calling thread.
+void attend(const float* qkv, std::size_t query_heads, const float* rotation, const KvStores& stores, const Sequences& sequences,
+            float scale, float* out);
 
 // What differs by instruction set. A tile is up to 8 rows, a row one query of one head. `scores` is (keys, 8): key by key the rows of
 // the tile, so that maxima and sums over keys need no shuffles.

@@ -1,7 +1,6 @@
 #include "kernels/elementwise.hpp"
 
 #include <cstring>
-#include <utility>
 #include <vector>
 
 #include "kernels/isa.hpp"
@@ -37,16 +36,20 @@ void put(const ElementwiseKernels& kernels, const float* x, const KvStore& store
     }
 }
 
-// Page and slot of every new token.
-using Places = std::vector<std::pair<std::ptrdiff_t, std::ptrdiff_t>>;
+// Where a new token goes.
+struct Place {
+    const KvStore* store;
+    std::ptrdiff_t page, slot;
+};
 
-void find_places(const Sequences& sequences, std::size_t slots, Places& places) {
+void find_places(const KvStores& stores, const Sequences& sequences, std::vector<Place>& places) {
     places.clear();
     for (std::size_t sequence = 0; sequence < sequences.count; ++sequence) {
+        const KvStore& store = stores.of(sequence);
         const std::int32_t* pages = sequences.pages + sequence * sequences.pages_per_sequence;
         const auto length = static_cast<std::size_t>(sequences.lengths[sequence]);
         for (std::size_t at = length - static_cast<std::size_t>(sequences.fresh[sequence]); at < length; ++at) {
-            places.emplace_back(pages[at / slots], static_cast<std::ptrdiff_t>(at % slots));
+            places.push_back({&store, pages[at / store.slots], static_cast<std::ptrdiff_t>(at % store.slots)});
         }
     }
 }
@@ -77,25 +80,26 @@ void rms_norm(const float* x, std::size_t tokens, std::size_t width, const float
     });
 }
 
-void rope_append(const float* qkv, std::size_t query_heads, const float* rotation, const KvStore& store, const Sequences& sequences,
+void rope_append(const float* qkv, std::size_t query_heads, const float* rotation, const KvStores& stores, const Sequences& sequences,
                  float* q) {
     const ElementwiseKernels& kernels = elementwise_kernels();
-    const std::size_t dim = store.head_dim, heads = store.heads, width = (query_heads + 2 * heads) * dim;
-    thread_local Places found;
-    Places& places = found;  // the workers read the caller's
-    find_places(sequences, store.slots, places);
+    const std::size_t dim = stores.head_dim(), heads = stores.heads(), width = (query_heads + 2 * heads) * dim;
+    thread_local std::vector<Place> found;
+    std::vector<Place>& places = found;  // the workers read the caller's
+    find_places(stores, sequences, places);
     for_tokens(places.size(), width, [&](std::size_t token) {
         const float *row = qkv + token * width, *turn = rotation + token * dim;
         for (std::size_t head = 0; head < query_heads; ++head) {
             kernels.rotate(row + head * dim, turn, dim, q + (token * query_heads + head) * dim);
         }
-        const auto [page, slot] = places[token];
+        const Place& place = places[token];
+        const KvStore& store = *place.store;
         for (std::size_t head = 0; head < heads; ++head) {
             const auto h = static_cast<std::ptrdiff_t>(head);
             float key[kMaxHeadDim];
             kernels.rotate(row + (query_heads + head) * dim, turn, dim, key);
-            put(kernels, key, store, store.keys, page, h, slot);
-            put(kernels, row + (query_heads + heads + head) * dim, store, store.values, page, h, slot);
+            put(kernels, key, store, store.keys, place.page, h, place.slot);
+            put(kernels, row + (query_heads + heads + head) * dim, store, store.values, place.page, h, place.slot);
         }
     });
 }

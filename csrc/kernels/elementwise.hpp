@@ -17,9 +17,9 @@ void rms_norm(const float* x, std::size_t tokens, std::size_t width, const float
 
 // Turns the pairs (2 j, 2 j + 1) of every query and key head of qkv (T, N + 2 G, D) by rotation (T, D / 2), complex float32:
 //   (a, b) -> (fma(a, cos, -(b sin)), fma(b, cos, a sin))
-// writes the queries to q (T, N, D) and appends keys and values to the store. bfloat16 rounds to nearest even; int8 stores
+// writes the queries to q (T, N, D) and appends keys and values to their stores. bfloat16 rounds to nearest even; int8 stores
 // round(x * (127 / largest)) and the scale largest / 127 of each token and head.
-void rope_append(const float* qkv, std::size_t query_heads, const float* rotation, const KvStore& store, const Sequences& sequences,
+void rope_append(const float* qkv, std::size_t query_heads, const float* rotation, const KvStores& stores, const Sequences& sequences,
                  float* q);
 
 struct ElementwiseKernels {

@@ -156,9 +156,10 @@ def _leaf_bytes(model: CausalLM) -> Iterator[tuple[int, bool]]:
         elif isinstance(module, PackedSwiGLU):
             yield module.unit.gate_up.size_bytes + module.unit.down.size_bytes, False
         elif isinstance(module, PackedExperts):
-            yield sum(unit.gate_up.size_bytes + unit.down.size_bytes for unit in module.units), True
-            if module.shared is not None:
-                yield module.shared.gate_up.size_bytes + module.shared.down.size_bytes, False
+            pool = module.pool
+            yield sum(unit.gate_up.size_bytes + unit.down.size_bytes for unit in pool.units), True
+            if pool.shared is not None:
+                yield pool.shared.gate_up.size_bytes + pool.shared.down.size_bytes, False
         elif not (isinstance(module, nn.Embedding) and not tied):
             size = sum(t.numel() * t.element_size() for t in module.parameters(recurse=False))
             yield size, isinstance(module, Experts)

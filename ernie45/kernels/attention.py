@@ -1,5 +1,5 @@
 """Attention over keys and values in pages: rotary embedding with the append, and the attention itself, for decoding and for
-prefill in chunks, over several sequences in one call.
+prefill in chunks, over several sequences in one call, be their keys and values in one store or in several.
 
 Shape letters: B sequences, T tokens (new ones, packed), N query heads, G key/value heads, D head size, P pages, W token slots
 per page. Every operation is a specification in plain PyTorch (`*_reference`), a native twin in `csrc/kernels/attention.cpp` and
@@ -9,7 +9,6 @@ depends neither on the thread count, nor on other sequences, nor on how a prompt
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -79,72 +78,98 @@ class Sequences:
     """int32: the page of a sequence's first W tokens, of the next W, ..; entries behind its last page are not looked at."""
 
     def __post_init__(self) -> None:
-        count = (len(self.fresh_B),)
+        count = (self.fresh_B.shape[0],) if self.fresh_B.ndim else (1,)
         for name, tensor, shape in (
             ("fresh", self.fresh_B, count),
             ("lengths", self.lengths_B, count),
             ("pages", self.pages_BP, (*count, self.pages_BP.shape[-1])),
         ):
             check_tensor("Sequences", name, tensor, shape, torch.int32)
-        if bool((self.fresh_B < 0).any()) or bool((self.fresh_B > self.lengths_B).any()):
-            raise ShapeError(
-                f"[Sequences] expected new tokens between 0 and the length, got {self.fresh_B.tolist()} of {self.lengths_B.tolist()}"
-            )
+        fresh, lengths = self.fresh_B.tolist(), self.lengths_B.tolist()
+        if any(not 0 <= new <= length for new, length in zip(fresh, lengths, strict=True)):
+            raise ShapeError(f"[Sequences] expected new tokens between 0 and the length, got {fresh} of {lengths}")
 
     @cached_property
     def num_tokens(self) -> int:
         """T of the step."""
-        return int(self.fresh_B.sum())
+        return sum(self.fresh_B.tolist())
 
     @cached_property
     def native(self) -> Any:
-        """The native object; it points into the tensors."""
+        """The native object, with the numbers as they are now."""
         extension = native()
         assert extension is not None, "asked for without the native module"
         return extension.Sequences(self.fresh_B, self.lengths_B, self.pages_BP)
 
 
-def rope_append(qkv: Tensor, rotation_TJ: Tensor, num_heads: int, store: KvPages, sequences: Sequences) -> Tensor:
-    """Rotate queries and keys, append keys and values to the store, return the queries.
+Stores = KvPages | tuple[KvPages, ...]
+"""One store for all sequences of a step, such as a page pool, or one for each, such as its cache; equal heads and head sizes."""
 
-    Args: qkv: float32, contiguous, (T, (N + 2 G) D): all query heads, key heads, value heads of a token. rotation_TJ: complex64
-        (T, D / 2), the turn of each pair (2 j, 2 j + 1), from `layers.rope.rotary_rotation`. num_heads: N. store: written in
-        place; bfloat16 rounds to nearest even, int8 by the largest magnitude of the token's head.
-    Returns: float32 (T, N, D).
-    Raises: ShapeError for other shapes, dtypes, devices or strides, and for pages that the store does not have.
-    """
-    num_groups, dim = store.keys_PGWD.shape[1], store.keys_PGWD.shape[3]
-    num_tokens = sequences.num_tokens
-    check_tensor("rope_append", "qkv", qkv, (num_tokens, (num_heads + 2 * num_groups) * dim))
-    check_tensor("rope_append", "rotation", rotation_TJ, (num_tokens, dim // 2), torch.complex64)
+
+def attend(
+    qkv: Tensor, rotation_TJ: Tensor, num_heads: int, stores: Stores, sequences: Sequences, scale: float
+) -> Tensor:
+    """`rope_append` and `attention` in one call, to the bit. Arguments and errors are theirs. Returns: float32 (T, N D)."""
+    stores = _each_store(stores)
     extension = native()
     if extension is None:
-        return rope_append_reference(qkv, rotation_TJ, num_heads, store, sequences)
-    q_TND = torch.empty(num_tokens, num_heads, dim)
+        q_TND = rope_append_reference(qkv, rotation_TJ, num_heads, stores, sequences)
+        return attention_reference(q_TND, stores, sequences, scale).flatten(1)
+    out_TX = torch.empty(sequences.num_tokens, num_heads * stores[0].keys_PGWD.shape[3])
     try:
-        extension.rope_append(qkv, rotation_TJ, q_TND, store.native, sequences.native)
-    except ValueError as error:
+        extension.attend(qkv, rotation_TJ, out_TX, [store.native for store in stores], sequences.native, scale)
+    except (TypeError, ValueError) as error:
+        _check_qkv("attend", qkv, rotation_TJ, num_heads, stores, sequences)
+        raise ShapeError(str(error)) from error
+    return out_TX
+
+
+def rope_append(qkv: Tensor, rotation_TJ: Tensor, num_heads: int, stores: Stores, sequences: Sequences) -> Tensor:
+    """Rotate queries and keys, append keys and values to the stores, return the queries.
+
+    Args: qkv: float32, contiguous, (T, (N + 2 G) D): all query heads, key heads, value heads of a token. rotation_TJ: complex64
+        (T, D / 2), the turn of each pair (2 j, 2 j + 1), from `layers.rope.rotary_rotation`. num_heads: N. stores: written in
+        place; bfloat16 rounds to nearest even, int8 by the largest magnitude of the token's head.
+    Returns: float32 (T, N, D).
+    Raises: ShapeError for other shapes, dtypes, devices or strides, and for pages that a store does not have.
+    """
+    stores = _each_store(stores)
+    extension = native()
+    if extension is None:
+        return rope_append_reference(qkv, rotation_TJ, num_heads, stores, sequences)
+    q_TND = torch.empty(sequences.num_tokens, num_heads, stores[0].keys_PGWD.shape[3])
+    try:
+        extension.rope_append(qkv, rotation_TJ, q_TND, [store.native for store in stores], sequences.native)
+    except (TypeError, ValueError) as error:
+        _check_qkv("rope_append", qkv, rotation_TJ, num_heads, stores, sequences)
         raise ShapeError(str(error)) from error
     return q_TND
 
 
 def rope_append_reference(
-    qkv: Tensor, rotation_TJ: Tensor, num_heads: int, store: KvPages, sequences: Sequences
+    qkv: Tensor, rotation_TJ: Tensor, num_heads: int, stores: Stores, sequences: Sequences
 ) -> Tensor:
     """What `rope_append` computes; differs from the native twin by the rounding of separate multiply and add."""
-    num_groups, dim = store.keys_PGWD.shape[1], store.keys_PGWD.shape[3]
+    stores = _each_store(stores)
+    _check_qkv("rope_append", qkv, rotation_TJ, num_heads, stores, sequences)
+    num_groups, dim = stores[0].keys_PGWD.shape[1], stores[0].keys_PGWD.shape[3]
     heads = qkv.unflatten(1, (-1, dim))
     pairs = torch.view_as_complex(heads[:, : num_heads + num_groups].unflatten(-1, (-1, 2)).contiguous())
     turned = torch.view_as_real(pairs * rotation_TJ[:, None]).flatten(-2)
-    pages, slots = _places("rope_append", store, sequences)
-    for x_TGD, into, scales in (
-        (turned[:, num_heads:], store.keys_PGWD, store.key_scales_PGW),
-        (heads[:, num_heads + num_groups :], store.values_PGWD, store.value_scales_PGW),
-    ):
-        if scales is None:
-            into[pages, :, slots] = x_TGD.to(into.dtype)
-        else:
-            into[pages, :, slots], scales[pages, :, slots] = to_int8(x_TGD)
+    start = 0
+    for store, fresh, length, row in _each_sequence("rope_append", stores, sequences):
+        at = torch.arange(length - fresh, length)
+        pages, slots = row[at // store.keys_PGWD.shape[2]].long(), at % store.keys_PGWD.shape[2]
+        here = slice(start, start + fresh)
+        for x_TGD, into, scales in (
+            (turned[here, num_heads:], store.keys_PGWD, store.key_scales_PGW),
+            (heads[here, num_heads + num_groups :], store.values_PGWD, store.value_scales_PGW),
+        ):
+            if scales is None:
+                into[pages, :, slots] = x_TGD.to(into.dtype)
+            else:
+                into[pages, :, slots], scales[pages, :, slots] = to_int8(x_TGD)
+        start += fresh
     return turned[:, :num_heads].contiguous()
 
 
@@ -155,37 +180,35 @@ def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * inverse[..., None]).round().to(torch.int8), largest / 127.0
 
 
-def attention(q_TND: Tensor, store: KvPages, sequences: Sequences, scale: float) -> Tensor:
+def attention(q_TND: Tensor, stores: Stores, sequences: Sequences, scale: float) -> Tensor:
     """Softmax attention of each sequence's new tokens over all its tokens, causal; N / G query heads share a key head.
 
-    Args: q_TND: float32, contiguous. store: keys and values, those of the new tokens included. scale: usually D ** -0.5.
+    Args: q_TND: float32, contiguous. stores: keys and values, those of the new tokens included. scale: usually D ** -0.5.
     Returns: float32 (T, N, D).
-    Raises: ShapeError for other shapes, dtypes, devices or strides, and for pages that the store does not have.
+    Raises: ShapeError for other shapes, dtypes, devices or strides, and for pages that a store does not have.
     """
-    num_groups, dim = store.keys_PGWD.shape[1], store.keys_PGWD.shape[3]
-    num_heads = q_TND.shape[1] if q_TND.ndim == 3 else 0
-    check_tensor("attention", "q", q_TND, (sequences.num_tokens, num_heads, dim))
-    if num_heads == 0 or num_heads % num_groups:
-        raise ShapeError(
-            f"[attention] expected query heads in equal groups over {num_groups} key heads, got {num_heads}"
-        )
+    stores = _each_store(stores)
     extension = native()
     if extension is None:
-        return attention_reference(q_TND, store, sequences, scale)
+        return attention_reference(q_TND, stores, sequences, scale)
     out_TND = torch.empty_like(q_TND)
     try:
-        extension.attention(q_TND, out_TND, store.native, sequences.native, scale)
-    except ValueError as error:
+        extension.attention(q_TND, out_TND, [store.native for store in stores], sequences.native, scale)
+    except (TypeError, ValueError) as error:
+        _check_q(q_TND, stores, sequences)
         raise ShapeError(str(error)) from error
     return out_TND
 
 
-def attention_reference(q_TND: Tensor, store: KvPages, sequences: Sequences, scale: float) -> Tensor:
+def attention_reference(q_TND: Tensor, stores: Stores, sequences: Sequences, scale: float) -> Tensor:
     """What `attention` computes, sequence by sequence; differs from the native twin by the order of the sums."""
+    stores = _each_store(stores)
+    _check_q(q_TND, stores, sequences)
     out_TND = torch.empty_like(q_TND)
     start = 0
-    for fresh, keys_GSD, values_GSD in _each(store, sequences):
-        num_groups, length = keys_GSD.shape[:2]
+    for store, fresh, length, pages in _each_sequence("attention", stores, sequences):
+        keys_GSD, values_GSD = _gather(store, length, pages)
+        num_groups = keys_GSD.shape[0]
         q_GRTD = q_TND[start : start + fresh].unflatten(1, (num_groups, -1)).permute(1, 2, 0, 3)
         scores = q_GRTD * scale @ keys_GSD[:, None].mT
         hidden = torch.arange(length) > torch.arange(length - fresh, length)[:, None]
@@ -195,50 +218,76 @@ def attention_reference(q_TND: Tensor, store: KvPages, sequences: Sequences, sca
     return out_TND
 
 
-def _each(store: KvPages, sequences: Sequences) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """New tokens, keys and values (G, S, D) in float32 of every sequence."""
-    _check_pages("attention", store, sequences)
-    for fresh, length, pages in zip(
-        sequences.fresh_B.tolist(), sequences.lengths_B.tolist(), sequences.pages_BP, strict=True
+def _each_store(stores: Stores) -> tuple[KvPages, ...]:
+    if isinstance(stores, KvPages):
+        return (stores,)
+    if not stores:
+        raise ShapeError("[attention] expected one store, or one for each sequence, got none")
+    return stores
+
+
+def _each_sequence(
+    operation: str, stores: tuple[KvPages, ...], sequences: Sequences
+) -> list[tuple[KvPages, int, int, Tensor]]:
+    """Store, new tokens, length and row of pages of every sequence, checked."""
+    count = len(sequences.fresh_B)
+    if len(stores) != 1 and len(stores) != count:
+        raise ShapeError(f"[{operation}] expected one store, or one for each of {count} sequences, got {len(stores)}")
+    shapes = {(store.keys_PGWD.shape[1], store.keys_PGWD.shape[3]) for store in stores}
+    if len(shapes) != 1:
+        raise ShapeError(f"[{operation}] expected stores of equal heads and head sizes, got {sorted(shapes)}")
+    found = []
+    for index, (fresh, length, pages) in enumerate(
+        zip(sequences.fresh_B.tolist(), sequences.lengths_B.tolist(), sequences.pages_BP, strict=True)
     ):
-        used = pages[: -(-length // store.keys_PGWD.shape[2])].long()
-        halves = []
-        for tensor, scales in (
-            (store.keys_PGWD, store.key_scales_PGW),
-            (store.values_PGWD, store.value_scales_PGW),
-        ):
-            wide = tensor[used].float() if scales is None else tensor[used].float() * scales[used][..., None]
-            halves.append(wide.transpose(0, 1).flatten(1, 2)[:, :length])
-        yield fresh, halves[0], halves[1]
+        store = stores[0] if len(stores) == 1 else stores[index]
+        _check_pages(f"[{operation}] sequence {index}", store, length, pages)
+        found.append((store, fresh, length, pages))
+    return found
 
 
-def _places(operation: str, store: KvPages, sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Page and slot of every new token, int64 (T,)."""
-    _check_pages(operation, store, sequences)
-    slots_per_page = store.keys_PGWD.shape[2]
-    pages, slots = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for fresh, length, row in zip(
-        sequences.fresh_B.tolist(), sequences.lengths_B.tolist(), sequences.pages_BP, strict=True
-    ):
-        at = torch.arange(length - fresh, length)
-        pages.append(row[at // slots_per_page].long())
-        slots.append(at % slots_per_page)
-    return torch.cat(pages), torch.cat(slots)
+def _gather(store: KvPages, length: int, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of one sequence in float32, each (G, S, D)."""
+    used = pages[: -(-length // store.keys_PGWD.shape[2])].long()
+    halves = []
+    for tensor, scales in ((store.keys_PGWD, store.key_scales_PGW), (store.values_PGWD, store.value_scales_PGW)):
+        wide = tensor[used].float() if scales is None else tensor[used].float() * scales[used][..., None]
+        halves.append(wide.transpose(0, 1).flatten(1, 2)[:, :length])
+    return halves[0], halves[1]
 
 
-def _check_pages(operation: str, store: KvPages, sequences: Sequences) -> None:
+def _check_pages(where: str, store: KvPages, length: int, pages: Tensor) -> None:
     num_pages, _, slots_per_page, _ = store.keys_PGWD.shape
-    for index, (length, pages) in enumerate(zip(sequences.lengths_B.tolist(), sequences.pages_BP, strict=True)):
-        needed = -(-length // slots_per_page)
-        if needed > len(pages):
-            raise ShapeError(
-                f"[{operation}] sequence {index}: expected {needed} pages for {length} tokens, got {len(pages)}"
-            )
-        outside = [page for page in pages[:needed].tolist() if not 0 <= page < num_pages]
-        if outside:
-            raise ShapeError(
-                f"[{operation}] sequence {index}: expected pages from 0 to {num_pages - 1}, got {outside[0]}"
-            )
+    needed = -(-length // slots_per_page)
+    if needed > len(pages):
+        raise ShapeError(f"{where}: expected {needed} pages for {length} tokens, got {len(pages)}")
+    outside = [page for page in pages[:needed].tolist() if not 0 <= page < num_pages]
+    if outside:
+        raise ShapeError(f"{where}: expected pages from 0 to {num_pages - 1}, got {outside[0]}")
+
+
+def _check_q(q_TND: Tensor, stores: tuple[KvPages, ...], sequences: Sequences) -> None:
+    num_groups, dim = stores[0].keys_PGWD.shape[1], stores[0].keys_PGWD.shape[3]
+    num_heads = q_TND.shape[1] if q_TND.ndim == 3 else 0
+    check_tensor("attention", "q", q_TND, (sequences.num_tokens, num_heads, dim), torch.float32)
+    if num_heads == 0 or num_heads % num_groups:
+        raise ShapeError(
+            f"[attention] expected query heads in equal groups over {num_groups} key heads, got {num_heads}"
+        )
+
+
+def _check_qkv(
+    operation: str,
+    qkv: Tensor,
+    rotation_TJ: Tensor,
+    num_heads: int,
+    stores: tuple[KvPages, ...],
+    sequences: Sequences,
+) -> None:
+    num_groups, dim = stores[0].keys_PGWD.shape[1], stores[0].keys_PGWD.shape[3]
+    num_tokens = sequences.num_tokens
+    check_tensor(operation, "qkv", qkv, (num_tokens, (num_heads + 2 * num_groups) * dim), torch.float32)
+    check_tensor(operation, "rotation", rotation_TJ, (num_tokens, dim // 2), torch.complex64)
 
 
 def _check_store(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype, strides: tuple[int, ...]) -> None:

@@ -1,6 +1,6 @@
-"""The one check that kernels make of a tensor before native code reads its memory.
+"""The one check of a tensor that goes into a kernel, with words for what does not fit.
 
-It runs several times per layer and token: what fits passes a few comparisons, words are put together for what does not.
+References run it first. The native module checks for itself and faster; where it refuses, this says why.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Root-mean-square norm in float32, with or without the addition of a residual before it.
 
 Shape letters: T tokens, H hidden. The native twin is in `csrc/kernels/elementwise.cpp`; bytes moved: each input once, each
-output once.
+output once. The native module checks what it is given by itself; the checks here say what was wrong with it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ernie45.errors import ShapeError
 from ernie45.kernels.check import check_tensor
 from ernie45.kernels.choice import native
 
@@ -19,12 +20,16 @@ def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     Args: x_TH, weight_H: float32, contiguous, on the CPU. Returns: float32 (T, H).
     Raises: ShapeError for other shapes, dtypes, devices or strides.
     """
-    _check("rms_norm", x_TH, weight_H)
     extension = native()
     if extension is None:
+        _check("rms_norm", x_TH, weight_H)
         return rms_norm_reference(x_TH, weight_H, eps)
     y = torch.empty_like(x_TH)
-    extension.rms_norm(x_TH, weight_H, eps, y)
+    try:
+        extension.rms_norm(x_TH, weight_H, eps, y)
+    except (TypeError, ValueError) as error:
+        _check("rms_norm", x_TH, weight_H)
+        raise ShapeError(str(error)) from error
     return y
 
 
@@ -34,12 +39,16 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
     Args: as for `rms_norm`; residual_TH like x_TH. Returns: norm and sum, float32 (T, H).
     Raises: ShapeError for other shapes, dtypes, devices or strides.
     """
-    _check("add_rms_norm", x_TH, weight_H, residual_TH)
     extension = native()
     if extension is None:
+        _check("add_rms_norm", x_TH, weight_H, residual_TH)
         return add_rms_norm_reference(x_TH, residual_TH, weight_H, eps)
     y, total = torch.empty_like(x_TH), torch.empty_like(x_TH)
-    extension.rms_norm(x_TH, weight_H, eps, y, residual_TH, total)
+    try:
+        extension.rms_norm(x_TH, weight_H, eps, y, residual_TH, total)
+    except (TypeError, ValueError) as error:
+        _check("add_rms_norm", x_TH, weight_H, residual_TH)
+        raise ShapeError(str(error)) from error
     return y, total
 
 

@@ -217,15 +217,19 @@ def linear(
     Args: x_TK, bias_N, residual_TN: float32, contiguous, on the CPU. Returns: float32 (T, N).
     Raises: ShapeError for other shapes, dtypes, devices or strides.
     """
-    _check("linear", x_TK, (None, matrix.columns))
-    if residual_TN is not None:
-        _check("linear", residual_TN, (x_TK.shape[0], matrix.rows))
-    if bias_N is not None:
-        _check("linear", bias_N[None], (1, matrix.rows))
     if native() is None:
+        _check_linear(x_TK, matrix, bias_N, residual_TN)
         return linear_reference(x_TK, matrix, bias_N, residual_TN)
-    y = torch.empty(x_TK.shape[0], matrix.rows)
-    matrix.native.linear(x_TK, y, bias_N, residual_TN)
+    try:
+        y = torch.empty(x_TK.shape[0], matrix.rows)
+        matrix.native.linear(x_TK, y, bias_N, residual_TN)
+    except (
+        TypeError,
+        ValueError,
+        IndexError,
+    ) as error:  # the native module checks by itself; here is said what was wrong
+        _check_linear(x_TK, matrix, bias_N, residual_TN)
+        raise ShapeError(str(error)) from error
     return y
 
 
@@ -306,6 +310,21 @@ class PackedFfn:
         return extension.Ffn(self.gate_up.native, self.down.native)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackedPool:
+    """The routed experts of a layer, with what serves every token beside them."""
+
+    units: tuple[PackedFfn, ...]
+    shared: PackedFfn | None = None
+
+    @cached_property
+    def native(self) -> Any:
+        """The native object."""
+        extension = native()
+        assert extension is not None, "asked for without the native module"
+        return extension.FfnPool([unit.native for unit in self.units], self.shared and self.shared.native)
+
+
 def interleave_gate_up(gate_and_up: Tensor) -> Tensor:
     """Rows of gate, then of up (2 I, ...) to the order of `PackedFfn.gate_up`, padded with zero rows to (2 x 64 n, ...)."""
     width = gate_and_up.shape[0] // 2
@@ -328,15 +347,46 @@ def ffn(
             float32, the tokens and their weights, unit after unit. Each token's sum runs over the units in order.
     Returns: float32 (T, H). Raises: ShapeError for other shapes, dtypes or strides.
     """
-    _check("ffn", x_TH, (None, None))
     extension = native()
     if extension is None:
+        _check("ffn", x_TH, (None, None))
         return ffn_reference(x_TH, units, counts, tokens, weights, residual_TH)
     y = torch.empty_like(x_TH)
     try:
         extension.ffn([unit.native for unit in units], x_TH, y, tokens, weights, list(counts), residual_TH)
     except (TypeError, ValueError) as error:  # nanobind refuses a wrong dtype or stride as a TypeError
+        _check("ffn", x_TH, (None, None))
         raise ShapeError(f"[ffn] {str(error).removeprefix('[ffn] ')}") from error
+    return y
+
+
+def ffn_pool(
+    x_TH: Tensor,
+    pool: PackedPool,
+    counts_E: Tensor,
+    tokens: Tensor,
+    weights: Tensor,
+    residual_TH: Tensor | None = None,
+) -> Tensor:
+    """`ffn` over the shared unit and the experts in order, with a routing as `router.route` makes it; the same bits.
+
+    Args: counts_E: int64, tokens of each expert. The others as for `ffn`. Returns: float32 (T, H).
+    Raises: ShapeError for other shapes, dtypes or strides.
+    """
+    extension = native()
+    if extension is None:
+        if tuple(counts_E.shape) != (len(pool.units),):
+            raise ShapeError(f"[ffn_pool] expected counts of {len(pool.units)} experts, got {tuple(counts_E.shape)}")
+        active = [(unit, count) for unit, count in zip(pool.units, counts_E.tolist(), strict=True) if count]
+        if pool.shared is not None:
+            active.insert(0, (pool.shared, -1))
+        return ffn(x_TH, [unit for unit, _ in active], [count for _, count in active], tokens, weights, residual_TH)
+    y = torch.empty_like(x_TH)
+    try:
+        pool.native.run(x_TH, y, counts_E, tokens, weights, residual_TH)
+    except (TypeError, ValueError) as error:
+        _check("ffn_pool", x_TH, (None, None))
+        raise ShapeError(f"[ffn_pool] {str(error).removeprefix('[ffn_pool] ')}") from error
     return y
 
 
@@ -362,6 +412,14 @@ def ffn_reference(
         inner = (F.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1)[:, : unit.down.columns]
         y.index_add_(0, chosen, linear_reference(inner, unit.down) * weight[:, None])
     return y
+
+
+def _check_linear(x_TK: Tensor, matrix: PackedMatrix, bias_N: Tensor | None, residual_TN: Tensor | None) -> None:
+    _check("linear", x_TK, (None, matrix.columns))
+    if residual_TN is not None:
+        _check("linear", residual_TN, (x_TK.shape[0], matrix.rows))
+    if bias_N is not None:
+        _check("linear", bias_N[None], (1, matrix.rows))
 
 
 def _check(operation: str, tensor: Tensor, shape: tuple[int | None, int | None]) -> None:

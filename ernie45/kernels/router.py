@@ -6,7 +6,7 @@ for a few tokens: those of the gate. Source: architecture reference 2.5; `ernie4
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,14 +16,13 @@ from ernie45.kernels.check import check_tensor
 from ernie45.kernels.choice import native
 
 
-@dataclass(frozen=True, kw_only=True)
-class Routing:
+class Routing(NamedTuple):
     """Which experts serve which tokens: by token, and by expert as `packed.ffn` takes it."""
 
     weights_TK: Tensor
     """float32, rows sum to 1."""
     ids_TK: Tensor
-    """int32, best first."""
+    """int32 or int64, best first."""
     counts_E: Tensor
     """int64: tokens of each expert."""
     tokens: Tensor
@@ -39,20 +38,23 @@ def route(x_TH: Tensor, gate_EH: Tensor, bias_E: Tensor | None, num_active: int,
         that the chosen probabilities are divided by.
     Raises: ShapeError for other shapes, dtypes, devices or strides.
     """
-    _check(x_TH, gate_EH, bias_E, num_active)
     extension = native()
     if extension is None:
+        _check(x_TH, gate_EH, bias_E, num_active)
         return route_reference(x_TH, gate_EH, bias_E, num_active, norm_min)
-    num_tokens, entries = len(x_TH), len(x_TH) * num_active
-    routing = Routing(
-        weights_TK=torch.empty(num_tokens, num_active),
-        ids_TK=torch.empty(num_tokens, num_active, dtype=torch.int32),
-        counts_E=torch.empty(len(gate_EH), dtype=torch.int64),
-        tokens=torch.empty(entries, dtype=torch.int32),
-        token_weights=torch.empty(entries),
-    )
-    outputs = (routing.weights_TK, routing.ids_TK, routing.counts_E, routing.tokens, routing.token_weights)
-    extension.route(x_TH, gate_EH, bias_E, norm_min, *outputs)
+    try:
+        num_tokens, num_experts = x_TH.shape[0], gate_EH.shape[0]
+        routing = Routing(
+            weights_TK=torch.empty(num_tokens, num_active),
+            ids_TK=torch.empty(num_tokens, num_active, dtype=torch.int32),
+            counts_E=torch.empty(num_experts, dtype=torch.int64),
+            tokens=torch.empty(num_tokens * num_active, dtype=torch.int32),
+            token_weights=torch.empty(num_tokens * num_active),
+        )
+        extension.route(x_TH, gate_EH, bias_E, norm_min, *routing)
+    except (TypeError, ValueError, IndexError) as error:
+        _check(x_TH, gate_EH, bias_E, num_active)
+        raise ShapeError(str(error)) from error
     return routing
 
 
@@ -63,12 +65,17 @@ def route_reference(x_TH: Tensor, gate_EH: Tensor, bias_E: Tensor | None, num_ac
     ids_TK = scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :num_active]
     chosen_TK = probs_TE.gather(-1, ids_TK)
     weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp(min=norm_min)
+    return order_by_expert(weights_TK, ids_TK.to(torch.int32), len(gate_EH))
+
+
+def order_by_expert(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Routing:
+    """The routing of given choices; differentiable in the weights."""
     order = ids_TK.flatten().argsort(stable=True)
     return Routing(
         weights_TK=weights_TK,
-        ids_TK=ids_TK.to(torch.int32),
-        counts_E=torch.bincount(ids_TK.flatten(), minlength=len(gate_EH)),
-        tokens=(order // num_active).to(torch.int32),
+        ids_TK=ids_TK,
+        counts_E=torch.bincount(ids_TK.flatten(), minlength=num_experts),
+        tokens=(order // ids_TK.shape[1]).to(torch.int32),
         token_weights=weights_TK.flatten()[order],
     )
 

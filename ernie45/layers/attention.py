@@ -9,12 +9,15 @@ as it is.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ernie45.config.model import ModelConfig
 from ernie45.layers.cache import AttentionView
+from ernie45.layers.linear import Linear
 from ernie45.layers.rope import apply_rotary
 
 
@@ -90,9 +93,16 @@ class Attention(nn.Module):
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.qkv_proj = nn.Linear(config.hidden_size, width + 2 * kv_width, bias=config.use_bias, dtype=dtype)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.use_bias, dtype=dtype)
+        self.o_proj = Linear(width, config.hidden_size, bias=config.use_bias, dtype=dtype)
         self.core = AttentionCore(config, layer_idx)
 
-    def forward(self, hidden_TH: Tensor, rotation_TJ: Tensor, view: AttentionView) -> Tensor:
-        """Args: rotation_TJ: complex rotation of each token, from `rotary_rotation`. Returns (T, H)."""
-        return self.o_proj(self.core(self.qkv_proj(hidden_TH), rotation_TJ, view))
+    def forward(
+        self, hidden_TH: Tensor, rotation_TJ: Tensor, view: AttentionView, residual_TH: Tensor | None = None
+    ) -> Tensor:
+        """Args: rotation_TJ: complex rotation of each token, from `rotary_rotation`. residual_TH: added to the result.
+        Returns (T, H).
+        """
+        part: dict[str, Any] = self._modules  # why: see DecoderLayer
+        attended_TX = part["core"](part["qkv_proj"](hidden_TH), rotation_TJ, view)
+        out: Tensor = part["o_proj"](attended_TX, residual_TH=residual_TH)
+        return out

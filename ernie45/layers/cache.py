@@ -5,7 +5,6 @@ Shape letters: T tokens, G key/value heads, D head size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ShapeError
-from ernie45.kernels.attention import Sequences
+from ernie45.kernels.attention import KvPages, Sequences
 
 _FIRST_CAPACITY = 64
 
@@ -37,8 +36,7 @@ class KVCache:
         shape = (2, num_layers, num_kv_heads, max(capacity, 1), head_dim)
         self._store = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0
-        self.companions: dict[tuple[str, int], object] = {}
-        """What leaves keep beside the store, such as kernel views of it; forgotten when the store moves."""
+        self._pages: tuple[KvPages, ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -61,16 +59,19 @@ class KVCache:
         Returns: all keys and values of the layer so far, each (G, length + T, D), views of the store.
         """
         end = self.length + k_TGD.shape[0]
-        keys, values = self.layer_views(layer, k_TGD.shape[0])
+        self._make_room(k_TGD.shape[0])
+        keys, values = self._store[0, layer], self._store[1, layer]
         keys[:, self.length : end] = k_TGD.transpose(0, 1)
         values[:, self.length : end] = v_TGD.transpose(0, 1)
         return keys[:, :end], values[:, :end]
 
-    def layer_views(self, layer: int, num_new: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, each (G, capacity, D), with room for `num_new` tokens behind the committed ones."""
-        if self.length + num_new > self.capacity:
-            self._grow(self.length + num_new)
-        return self._store[0, layer], self._store[1, layer]
+    def pages(self, num_new: int) -> tuple[KvPages, ...]:
+        """Every layer as a store of one page for the kernels, with room for `num_new` tokens behind the committed ones."""
+        self._make_room(num_new)
+        if not self._pages:
+            keys, values = self._store[:, :, None]
+            self._pages = tuple(KvPages(keys_PGWD=k, values_PGWD=v) for k, v in zip(keys, values, strict=True))
+        return self._pages
 
     def commit(self, num_tokens: int) -> None:
         """Count the tokens of a finished step."""
@@ -82,12 +83,15 @@ class KVCache:
             raise ShapeError(f"cannot cut a cache of {self.length} tokens to {length}")
         self.length = length
 
-    def _grow(self, needed: int) -> None:
+    def _make_room(self, num_new: int) -> None:
+        needed = self.length + num_new
+        if needed <= self.capacity:
+            return
         layers_and_heads, head_dim = self._store.shape[:3], self._store.shape[4]
         larger = self._store.new_empty((*layers_and_heads, max(needed, 2 * self.capacity), head_dim))
         larger[:, :, :, : self.length] = self._store[:, :, :, : self.length]
         self._store = larger
-        self.companions.clear()
+        self._pages = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,19 +115,31 @@ class AttentionView:
         return sum(self.lengths)
 
     @cached_property
-    def sequences(self) -> tuple[Sequences, ...]:
-        """What the attention kernels want to know of each sequence by itself: a cache is one page."""
-        starts = [cache.length for cache in self.caches or ()]
-        return tuple(_sequences([fresh], [start + fresh]) for start, fresh in zip(starts, self.lengths, strict=True))
+    def sequences(self) -> Sequences:
+        """The sequences as the attention kernels want them: each is one page, of its cache or of a store for the step."""
+        count = len(self.lengths)
+        if self.caches is None:
+            pages, lengths = torch.arange(count, dtype=torch.int32)[:, None], self.lengths
+        else:
+            pages = torch.zeros(count, 1, dtype=torch.int32)
+            lengths = tuple(c.length + fresh for c, fresh in zip(self.caches, self.lengths, strict=True))
+        return Sequences(
+            fresh_B=torch.tensor(self.lengths, dtype=torch.int32),
+            lengths_B=torch.tensor(lengths, dtype=torch.int32),
+            pages_BP=pages,
+        )
 
     @cached_property
-    def all_sequences(self) -> Sequences:
-        """The same of all sequences together, when nothing is cached: each has a page of its own."""
-        return _sequences(self.lengths, self.lengths)
+    def stores(self) -> tuple[tuple[KvPages, ...], ...]:
+        """By layer, the caches as the attention kernels want them, with room for the step; nothing without caches."""
+        pages = (cache.pages(fresh) for cache, fresh in zip(self.caches or (), self.lengths, strict=False))
+        return tuple(zip(*pages, strict=True))
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Text positions of the step's tokens, int64 (T,): every sequence counts on from its cache."""
         starts = [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
+        if max(self.lengths) == 1:  # decoding: one tensor instead of one per sequence
+            return torch.tensor(starts, device=device)
         ranges = [torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
         return torch.cat(ranges).to(device)
 
@@ -131,12 +147,3 @@ class AttentionView:
         """Count the step's tokens in every cache."""
         for cache, length in zip(self.caches or (), self.lengths, strict=False):
             cache.commit(length)
-
-
-def _sequences(fresh: Sequence[int], lengths: Sequence[int]) -> Sequences:
-    pages = torch.arange(len(lengths), dtype=torch.int32)[:, None]
-    return Sequences(
-        fresh_B=torch.tensor(fresh, dtype=torch.int32),
-        lengths_B=torch.tensor(lengths, dtype=torch.int32),
-        pages_BP=pages,
-    )

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ernie45.layers.linear import Linear
+
 
 class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`.
@@ -17,9 +19,10 @@ class SwiGLU(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.up_gate_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=bias, dtype=dtype)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, dtype=dtype)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        """(T, H) -> (T, H)."""
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
+        """(T, H) -> (T, H), plus `residual_TH`."""
         gate, up = self.up_gate_proj(x_TH).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        out: Tensor = self.down_proj(F.silu(gate) * up, residual_TH=residual_TH)
+        return out

@@ -6,13 +6,17 @@ Source: architecture reference 2.5 (routing), 3.6 (text and vision pools).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ernie45.config.model import ModelConfig, MoeConfig
 from ernie45.errors import ShapeError
+from ernie45.kernels.router import Routing, order_by_expert
 from ernie45.layers.ffn import SwiGLU
+from ernie45.layers.linear import add_residual
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, num_active: int, norm_min: float) -> tuple[Tensor, Tensor]:
@@ -47,12 +51,13 @@ class Router(nn.Module):
         bias = torch.zeros(moe.moe_num_experts, dtype=torch.float32) if moe.moe_use_aux_free else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns: weights, float32 (T, K); expert ids, int64 (T, K)."""
+    def forward(self, x_TH: Tensor) -> Routing:
+        """Choose experts for every token; gradients pass through both forms of the weights."""
         with torch.autocast(x_TH.device.type, enabled=False):
             logits = F.linear(x_TH.float(), self.weight.float())
             bias = self.e_score_correction_bias
-            return route(logits, None if bias is None else bias.float(), self.num_active, self.norm_min)
+            weights, ids = route(logits, None if bias is None else bias.float(), self.num_active, self.norm_min)
+            return order_by_expert(weights, ids, len(self.weight))
 
 
 class Experts(nn.Module):
@@ -63,19 +68,16 @@ class Experts(nn.Module):
         self.up_gate_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size, dtype=dtype))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, dtype=dtype))
 
-    def forward(self, x_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs.
+    def forward(self, x_TH: Tensor, routing: Routing, residual_TH: Tensor | None = None) -> Tensor:
+        """Weighted sum of the chosen experts' outputs, plus `residual_TH`.
 
-        Tokens are sorted by expert and no token is dropped. Sums run in float32 in the order of expert ids, so a
+        Tokens are taken by expert and no token is dropped. Sums run in float32 in the order of expert ids, so a
         token's result does not depend on its neighbours in the batch. Returns (T, H) in x's dtype.
         """
-        num_active = ids_TK.shape[1]
-        order = ids_TK.flatten().argsort(stable=True)
-        rows, weights = order // num_active, weights_TK.flatten()[order]
-        counts = torch.bincount(ids_TK.flatten(), minlength=self.down_proj.shape[0]).tolist()
+        rows, weights = routing.tokens.long(), routing.token_weights
         out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         start = 0
-        for expert, count in enumerate(counts):
+        for expert, count in enumerate(routing.counts_E.tolist()):
             if count == 0:
                 continue
             here = slice(start, start + count)
@@ -83,7 +85,7 @@ class Experts(nn.Module):
             y = F.linear(F.silu(gate) * up, self.down_proj[expert])
             out = out.index_add(0, rows[here], y.float() * weights[here, None].to(x_TH.dtype).float())
             start += count
-        return out.to(x_TH.dtype)
+        return add_residual(out.to(x_TH.dtype), residual_TH)
 
 
 class MoeBlock(nn.Module):
@@ -110,10 +112,21 @@ class MoeBlock(nn.Module):
             else None
         )
 
-    def forward(self, x_TH: Tensor, vision_mask_T: Tensor | None = None) -> Tensor:
-        """Args: vision_mask_T: bool, True for tokens of the vision pool; None: all are text. Returns (T, H)."""
-        routed = self.experts(x_TH, *self.gate(x_TH)) if vision_mask_T is None else self._two_pools(x_TH, vision_mask_T)
-        return routed if self.shared_experts is None else routed + self.shared_experts(x_TH)
+    def forward(self, x_TH: Tensor, vision_mask_T: Tensor | None = None, residual_TH: Tensor | None = None) -> Tensor:
+        """Args: vision_mask_T: bool, True for tokens of the vision pool; None: all are text. residual_TH: added to the
+        result. Returns (T, H).
+        """
+        part: dict[str, Any] = self._modules  # why: see DecoderLayer
+        gate, experts, shared_experts = part["gate"], part["experts"], part.get("shared_experts")
+        out: Tensor
+        if vision_mask_T is None and shared_experts is None:
+            out = experts(x_TH, gate(x_TH), residual_TH=residual_TH)
+            return out
+        out = experts(x_TH, gate(x_TH)) if vision_mask_T is None else self._two_pools(x_TH, vision_mask_T)
+        if shared_experts is not None:
+            out = shared_experts(x_TH, residual_TH=out)
+        # Last, so that a narrow dtype rounds the block's own sum before it meets the larger residual, as published.
+        return add_residual(out, residual_TH)
 
     def _two_pools(self, x_TH: Tensor, vision_mask_T: Tensor) -> Tensor:
         if self.vision_gate is None or self.vision_experts is None:
@@ -126,5 +139,5 @@ class MoeBlock(nn.Module):
             rows = mask.nonzero().flatten()
             if len(rows):
                 x = x_TH[rows]
-                routed = routed.index_copy(0, rows, experts(x, *gate(x)))
+                routed = routed.index_copy(0, rows, experts(x, gate(x)))
         return routed

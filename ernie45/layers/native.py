@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ernie45.kernels import attention, norm, router
-from ernie45.kernels.attention import KvPages, Sequences
+from ernie45.kernels.attention import KvPages
+from ernie45.kernels.router import Routing
 from ernie45.layers.attention import AttentionCore
-from ernie45.layers.cache import AttentionView, KVCache
+from ernie45.layers.cache import AttentionView
 from ernie45.layers.moe import Router
 from ernie45.layers.norm import RMSNorm
 
@@ -40,14 +41,13 @@ class KernelRouter(nn.Module):
         self.weight = plain.weight
         self.register_buffer("e_score_correction_bias", plain.e_score_correction_bias)
 
-    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns: weights, float32 (T, K); expert ids, int64 (T, K)."""
-        routing = router.route(x_TH, self.weight, self.e_score_correction_bias, self.num_active, self.norm_min)
-        return routing.weights_TK, routing.ids_TK.long()
+    def forward(self, x_TH: Tensor) -> Routing:
+        """Choose experts for every token."""
+        return router.route(x_TH, self.weight, self.e_score_correction_bias, self.num_active, self.norm_min)
 
 
 class KernelAttentionCore(nn.Module):
-    """`layers.attention.AttentionCore` in two calls per sequence: rotate and append, attend."""
+    """`layers.attention.AttentionCore` in one call for all sequences: rotate, append, attend."""
 
     def __init__(self, plain: AttentionCore) -> None:
         super().__init__()
@@ -56,40 +56,14 @@ class KernelAttentionCore(nn.Module):
 
     def forward(self, qkv_TX: Tensor, rotation_TJ: Tensor, view: AttentionView) -> Tensor:
         """(T, (N + 2 G) * D) -> (T, N * D)."""
-        if view.caches is None:
-            return self._attend(qkv_TX, rotation_TJ, self._passing_store(view), view.all_sequences).flatten(1)
-        if len(view.caches) == 1:
-            store = store_of(view.caches[0], self.layer_idx, view.lengths[0])
-            return self._attend(qkv_TX, rotation_TJ, store, view.sequences[0]).flatten(1)
-        parts = zip(
-            qkv_TX.split(view.lengths), rotation_TJ.split(view.lengths), view.caches, view.sequences, strict=True
-        )
-        outputs = [
-            self._attend(qkv, rotation, store_of(cache, self.layer_idx, len(qkv)), sequence)
-            for qkv, rotation, cache, sequence in parts
-        ]
-        return torch.cat(outputs).flatten(1)
-
-    def _attend(self, qkv_TX: Tensor, rotation_TJ: Tensor, store: KvPages, sequences: Sequences) -> Tensor:
-        q = attention.rope_append(qkv_TX, rotation_TJ, self.num_heads, store, sequences)
-        return attention.attention(q, store, sequences, self.scale)
+        stores = view.stores[self.layer_idx] if view.caches is not None else self._passing_store(view)
+        return attention.attend(qkv_TX, rotation_TJ, self.num_heads, stores, view.sequences, self.scale)
 
     def _passing_store(self, view: AttentionView) -> KvPages:
         """Keys and values that nobody keeps: one page per sequence, as long as the longest."""
         shape = (2, len(view.lengths), self.num_kv_heads, max(view.lengths), self.head_dim)
         keys, values = torch.empty(shape)
         return KvPages(keys_PGWD=keys, values_PGWD=values)
-
-
-def store_of(cache: KVCache, layer: int, num_new: int) -> KvPages:
-    """A layer of a contiguous cache as a store of one page, with room for `num_new` more tokens. Made once per growth."""
-    keys, values = cache.layer_views(layer, num_new)
-    key = ("kv_pages", layer)
-    found = cache.companions.get(key)
-    if found is None:
-        found = cache.companions[key] = KvPages(keys_PGWD=keys[None], values_PGWD=values[None])
-    assert isinstance(found, KvPages), "the key is ours alone"
-    return found
 
 
 def can_use_kernels(head_dim: int) -> bool:

@@ -7,6 +7,8 @@ result is cast back: bfloat16 angles would lose whole radians at long context.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,16 @@ def rotary_frequencies(head_dim: int, theta: float, device: torch.device | None 
     return 1.0 / theta**exponent
 
 
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(mode=False)
+def _kept_frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """The same, made once: every step needs them, and their operations take as long as a small layer's attention.
+
+    Never an inference tensor, because training may use what generating has made.
+    """
+    return rotary_frequencies(head_dim, theta, device)
+
+
 def rotary_rotation(positions: Tensor, head_dim: int, theta: float, time_frequencies: int = 0) -> Tensor:
     """The rotation of every pair of every token, as unit complex numbers.
 
@@ -28,7 +40,7 @@ def rotary_rotation(positions: Tensor, head_dim: int, theta: float, time_frequen
     Returns: complex64 (T, J).
     Raises: ShapeError for any other shape of `positions`.
     """
-    frequencies = rotary_frequencies(head_dim, theta, positions.device)
+    frequencies = _kept_frequencies(head_dim, theta, positions.device)
     if positions.ndim == 1:
         angles = positions.to(torch.float32)[:, None] * frequencies
     elif positions.ndim == 2 and positions.shape[1] == 3:

@@ -57,9 +57,14 @@ class DecoderLayer(nn.Module):
         self, hidden_TH: Tensor, rotation_TJ: Tensor, view: AttentionView, vision_mask_T: Tensor | None = None
     ) -> Tensor:
         """(T, H) -> (T, H)."""
-        hidden_TH = hidden_TH + self.self_attn(self.input_layernorm(hidden_TH), rotation_TJ, view)
-        x = self.post_attention_layernorm(hidden_TH)
-        return hidden_TH + (self.mlp(x, vision_mask_T) if isinstance(self.mlp, MoeBlock) else self.mlp(x))
+        # By name from the dictionary: a look-up as attribute takes nn.Module 0.7 us, and a step of the 0.3B has 130 of them.
+        part: dict[str, Any] = self._modules
+        x_TH = part["input_layernorm"](hidden_TH)
+        hidden_TH = part["self_attn"](x_TH, rotation_TJ, view, residual_TH=hidden_TH)
+        x_TH, mlp = part["post_attention_layernorm"](hidden_TH), part["mlp"]
+        modality = (vision_mask_T,) if isinstance(mlp, MoeBlock) else ()
+        out: Tensor = mlp(x_TH, *modality, residual_TH=hidden_TH)
+        return out
 
 
 class TextModel(nn.Module):

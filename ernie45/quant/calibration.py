@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ernie45.errors import ShapeError
+from ernie45.kernels.router import Routing
 from ernie45.layers.cache import AttentionView
 from ernie45.layers.moe import Experts
 from ernie45.layers.rope import rotary_rotation
@@ -188,11 +189,15 @@ def _norm_hook(squares_K: Tensor) -> Any:
 
 
 def _experts_hook(up_gate: _Moments, down: _Moments) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(module: nn.Module, inputs: tuple[Tensor, Routing]) -> None:
         assert isinstance(module, Experts), "registered on experts alone"
-        x_TH, _, ids_TK = inputs
-        for expert in ids_TK.unique().tolist():
-            x = x_TH[(ids_TK == expert).any(-1)]
+        x_TH, routing = inputs
+        start = 0
+        for expert, count in enumerate(routing.counts_E.tolist()):
+            if count == 0:
+                continue
+            x = x_TH[routing.tokens[start : start + count].long()]
+            start += count
             up_gate.add(x, expert)
             gate, up = F.linear(x, module.up_gate_proj[expert]).chunk(2, dim=-1)
             down.add(F.silu(gate) * up, expert)

@@ -9,14 +9,15 @@ Shape letters: T tokens, N rows, K columns, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ernie45.errors import CheckpointError
 from ernie45.kernels import packed
-from ernie45.kernels.packed import ROWS, PackedFfn, PackedMatrix
+from ernie45.kernels.packed import ROWS, PackedFfn, PackedMatrix, PackedPool
+from ernie45.kernels.router import Routing
 from ernie45.layers.ffn import SwiGLU
 from ernie45.layers.moe import Experts, MoeBlock
 from ernie45.models.text import LmHead
@@ -32,9 +33,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.matrix, self.bias = matrix, bias
 
-    def forward(self, x_TK: Tensor) -> Tensor:
-        """(T, K) -> (T, N)."""
-        return packed.linear(x_TK.contiguous(), self.matrix, self.bias)
+    def forward(self, x_TK: Tensor, residual_TH: Tensor | None = None) -> Tensor:
+        """(T, K) -> (T, N), plus `residual_TH` (T, N)."""
+        return packed.linear(x_TK.contiguous(), self.matrix, self.bias, residual_TH)
 
 
 class PackedSwiGLU(nn.Module):
@@ -44,9 +45,9 @@ class PackedSwiGLU(nn.Module):
         super().__init__()
         self.unit = unit
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        """(T, H) -> (T, H)."""
-        return packed.ffn(x_TH.contiguous(), (self.unit,), (-1,))
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
+        """(T, H) -> (T, H), plus `residual_TH`."""
+        return packed.ffn(x_TH.contiguous(), (self.unit,), (-1,), residual_TH=residual_TH)
 
 
 class _Bias(nn.Module):
@@ -66,12 +67,12 @@ class BiasedSwiGLU(nn.Module):
         # Same names as in SwiGLU, so that loading fills them.
         self.up_gate_proj, self.down_proj = _Bias(up_gate_bias), _Bias(down_bias)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        """(T, H) -> (T, H)."""
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
+        """(T, H) -> (T, H), plus `residual_TH`."""
         bias = packed.interleave_gate_up(self.up_gate_proj.bias)
         both = packed.linear(x_TH.contiguous(), self.unit.gate_up, bias).unflatten(1, (-1, 2, ROWS))
         inner = (F.silu(both[:, :, 0]) * both[:, :, 1]).flatten(1)[:, : self.unit.down.columns]
-        return packed.linear(inner.contiguous(), self.unit.down, self.down_proj.bias)
+        return packed.linear(inner.contiguous(), self.unit.down, self.down_proj.bias, residual_TH)
 
 
 class PackedExperts(nn.Module):
@@ -79,21 +80,14 @@ class PackedExperts(nn.Module):
 
     def __init__(self, units: Sequence[PackedFfn], shared: PackedFfn | None = None) -> None:
         super().__init__()
-        self.units, self.shared = tuple(units), shared
+        self.pool = PackedPool(units=tuple(units), shared=shared)
 
-    def forward(self, x_TH: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-        """Shared experts' output, plus the weighted sum of the chosen experts' in the order of their ids; (T, H)."""
-        order = ids_TK.flatten().argsort(stable=True)
-        counts = torch.bincount(ids_TK.flatten(), minlength=len(self.units)).tolist()
-        active = [(unit, count) for unit, count in zip(self.units, counts, strict=True) if count]
-        if self.shared is not None:
-            active.insert(0, (self.shared, -1))
-        return packed.ffn(
-            x_TH.contiguous(),
-            [unit for unit, _ in active],
-            [count for _, count in active],
-            (order // ids_TK.shape[1]).to(torch.int32),
-            weights_TK.flatten()[order],
+    def forward(self, x_TH: Tensor, routing: Routing, residual_TH: Tensor | None = None) -> Tensor:
+        """`residual_TH`, plus the shared experts' output, plus the weighted sum of the chosen experts' in the order of
+        their ids; (T, H).
+        """
+        return packed.ffn_pool(
+            x_TH.contiguous(), self.pool, routing.counts_E, routing.tokens, routing.token_weights, residual_TH
         )
 
 
@@ -190,5 +184,5 @@ def _join_shared(block: MoeBlock) -> None:
     pools = [pool for pool in (block.experts, block.vision_experts) if isinstance(pool, PackedExperts)]
     if isinstance(block.shared_experts, PackedSwiGLU) and pools:
         for pool in pools:
-            pool.shared = block.shared_experts.unit
+            pool.pool = replace(pool.pool, shared=block.shared_experts.unit)
         block.shared_experts = None

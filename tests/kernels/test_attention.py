@@ -18,6 +18,7 @@ from ernie45.errors import ShapeError
 from ernie45.kernels.attention import (
     KvPages,
     Sequences,
+    attend,
     attention,
     attention_reference,
     rope_append,
@@ -343,6 +344,76 @@ def test_append_reference_is_the_native(extension: ModuleType, dtype: torch.dtyp
     )
 
 
+# --- several stores, and both operations in one --------------------------------------------------------------------------
+
+
+def separate_stores(steps: list[tuple[int, int]], slots: list[int], dtypes: list[torch.dtype]) -> list[KvPages]:
+    """A store per sequence, of its own page size and type."""
+    return [
+        make_store(-(-length // size) + 1, 2, size, 32, dtype, seed=index)
+        for index, ((_, length), size, dtype) in enumerate(zip(steps, slots, dtypes, strict=True))
+    ]
+
+
+def in_order(steps: list[tuple[int, int]], slots: list[int]) -> Sequences:
+    """Sequences that use the pages of their own stores from the last one down."""
+    needed = [-(-length // size) for (_, length), size in zip(steps, slots, strict=True)]
+    table = torch.full((len(steps), max(needed)), -1, dtype=torch.int32)
+    for row, count in zip(table, needed, strict=True):
+        row[:count] = torch.arange(count, 0, -1, dtype=torch.int32)
+    return Sequences(
+        fresh_B=int32([fresh for fresh, _ in steps]), lengths_B=int32([length for _, length in steps]), pages_BP=table
+    )
+
+
+@pytest.mark.parametrize("choice", ["native", "reference"])
+def test_one_call_over_several_stores_is_a_call_for_each(extension: ModuleType, choice: Any) -> None:
+    """To the bit, outputs and stores; page sizes and types may differ."""
+    steps, slots = [(1, 700), (30, 300), (1, 1), (4, 259)], [700, 16, 64, 300]
+    dtypes = [torch.float32, torch.bfloat16, torch.int8, torch.bfloat16]
+    together, alone = separate_stores(steps, slots, dtypes), separate_stores(steps, slots, dtypes)
+    sequences = in_order(steps, slots)
+    qkv = torch.randn(36, 14 * 32, generator=torch.Generator().manual_seed(3))
+    rotation = rotary_rotation(torch.arange(36), 32, 10000.0)
+    with kernels(choice):
+        out = attend(qkv, rotation, 10, tuple(together), sequences, 0.2)
+        lengths = [fresh for fresh, _ in steps]
+        for index, (part, turn, expected) in enumerate(
+            zip(qkv.split(lengths), rotation.split(lengths), out.split(lengths), strict=True)
+        ):
+            here = slice(index, index + 1)
+            one = Sequences(
+                fresh_B=sequences.fresh_B[here],
+                lengths_B=sequences.lengths_B[here],
+                pages_BP=sequences.pages_BP[here],
+            )
+            q = rope_append(part, turn, 10, alone[index], one)
+            assert torch.equal(attention(q, alone[index], one, 0.2).flatten(1), expected)
+            assert torch.equal(alone[index].keys_PGWD, together[index].keys_PGWD)
+            assert torch.equal(alone[index].values_PGWD, together[index].values_PGWD)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_stores_give_the_reference_and_the_same_bits_everywhere(
+    extension: ModuleType, isas: list[str], data: st.DataObject
+) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 300), min_size=1, max_size=5))
+    steps = [(data.draw(st.integers(0, min(length, 20))), length) for length in lengths]
+    slots = [data.draw(st.sampled_from([5, 64, 300])) for _ in steps]
+    dtypes = [data.draw(st.sampled_from(DTYPES)) for _ in steps]
+    sequences = in_order(steps, slots)
+    q = queries(sequences, 6, 32)
+    stores = tuple(separate_stores(steps, slots, dtypes))
+    results = []
+    for name in isas:
+        extension.set_isa(name)
+        extension.set_num_threads(data.draw(st.integers(1, 3)))
+        results.append(attention(q, stores, sequences, 0.2))
+    torch.testing.assert_close(results[0], attention_reference(q, stores, sequences, 0.2), **TOLERANCE)
+    assert all(torch.equal(results[0], result) for result in results)
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -415,3 +486,41 @@ def test_pages_outside_the_store_are_refused(
             attention(torch.randn(1, 1, 16), store, sequences, 1.0)
         with pytest.raises(ShapeError, match=message):
             rope_append(torch.randn(1, 48), torch.ones(1, 8, dtype=torch.complex64), 1, store, sequences)
+
+
+@pytest.mark.parametrize("choice", ["native", "reference"])
+def test_stores_that_do_not_belong_together_are_refused(extension: ModuleType, choice: Any) -> None:
+    steps = [(1, 9), (1, 5), (1, 2)]
+    sequences = in_order(steps, [4, 4, 4])
+    stores = tuple(separate_stores(steps, [4, 4, 4], [torch.float32] * 3))
+    other = make_store(3, 1, 4, 32, torch.float32)
+    with kernels(choice):
+        for wrong, message in (
+            ((), "got none"),
+            (stores[:2], "one for each of 3 sequences, got 2"),
+            ((*stores[:2], other), "equal heads"),
+            ((stores[2],), "sequence 0"),
+        ):
+            with pytest.raises(ShapeError, match=message):
+                attention(queries(sequences, 4, 32), wrong, sequences, 1.0)
+            with pytest.raises(ShapeError, match=message):
+                attend(torch.randn(3, 8 * 32), torch.ones(3, 16, dtype=torch.complex64), 4, wrong, sequences, 1.0)
+
+
+def test_sequences_keep_what_was_checked(extension: ModuleType) -> None:
+    """Numbers that change afterwards must not lead a kernel out of its memory."""
+    sequences, num_pages = make_sequences([(2, 9)], slots=4)
+    store, q = make_store(num_pages, 2, 4, 16, torch.float32), queries(sequences, 4, 16)
+    before = attention(q, store, sequences, 1.0)
+    sequences.pages_BP.fill_(1 << 20)
+    assert torch.equal(attention(q, store, sequences, 1.0), before)
+
+
+def test_tensors_that_a_kernel_cannot_take_as_they_are_are_refused(extension: ModuleType) -> None:
+    """A gradient would be dropped and a lazy conjugation overlooked, in silence."""
+    sequences, num_pages = make_sequences([(2, 9)], slots=4)
+    store, qkv = make_store(num_pages, 2, 4, 16, torch.float32), torch.randn(2, 8 * 16)
+    rotation = torch.ones(2, 8, dtype=torch.complex64)
+    for bad_qkv, bad_rotation in ((qkv.requires_grad_(), rotation), (qkv.detach(), rotation.conj())):
+        with pytest.raises(ShapeError, match="incompatible function arguments"):
+            attend(bad_qkv, bad_rotation, 4, store, sequences, 1.0)

@@ -10,7 +10,9 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 import ernie45.kernels
 from ernie45.kernels import native
@@ -132,6 +134,25 @@ def test_stub_file_repeats_the_signatures(extension: ModuleType) -> None:
         elif not name.startswith("_"):
             found[name] = documented(value)
     assert declared == found
+
+
+def test_arrays_without_the_fast_interface_are_taken_as_well_and_never_converted(extension: ModuleType) -> None:
+    """What tensors of older torch versions go through: DLPack's Python method."""
+    x, y = np.array([[3.0, 4.0]], dtype=np.float32), np.zeros((1, 2), dtype=np.float32)
+    extension.rms_norm(x, np.ones(2, dtype=np.float32), 0.0, y)
+    np.testing.assert_allclose(y, x / np.sqrt(12.5), rtol=1e-6)
+    for wrong in (x.astype(np.float64), x[0], np.ones((3, 2), dtype=np.float32).T, [[3.0, 4.0]], None, 3):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            extension.rms_norm(wrong, np.ones(2, dtype=np.float32), 0.0, y)
+
+
+def test_tensors_are_borrowed_with_their_offset_and_free_strides_of_single_rows(extension: ModuleType) -> None:
+    rows, y = torch.arange(24.0).view(4, 6), torch.empty(1, 3)
+    extension.rms_norm(rows[2:3, 3:], torch.ones(3), 0.0, y)
+    torch.testing.assert_close(y[0], rows[2, 3:] / rows[2, 3:].square().mean().sqrt())
+    for wrong in (rows[:2, 3:], rows.T, rows[:, 0], rows.double(), rows.to("meta"), rows.to_sparse()):
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            extension.rms_norm(wrong, torch.ones(3), 0.0, y)
 
 
 def test_status_of_the_loaded_extension(extension: ModuleType) -> None:

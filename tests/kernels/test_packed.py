@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ernie45.errors import ShapeError
 from ernie45.kernels import packed
-from ernie45.kernels.packed import PackedFfn, PackedFormat, PackedMatrix
+from ernie45.kernels.choice import kernels
+from ernie45.kernels.packed import PackedFfn, PackedFormat, PackedMatrix, PackedPool
 
 ACTIVATIONS: tuple[Literal[8, 16], ...] = (8, 16)
 FORMATS = [
@@ -299,3 +300,43 @@ def test_ffn_refuses_inconsistent_routing(extension: ModuleType) -> None:
     ):
         with pytest.raises(ShapeError, match=r"\[ffn\]"):
             packed.ffn(x, units, *arguments)
+
+
+@pytest.mark.parametrize("choice", ["native", "reference"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 11])
+def test_a_pool_is_its_units_in_order(extension: ModuleType, choice: Any, shared: bool, tokens: int) -> None:
+    """To the bit what `ffn` gives for the shared unit and the experts that serve any token."""
+    units = tuple(unit(96, 80 if index % 2 else 200, PackedFormat(bits=4, group=64), index)[0] for index in range(9))
+    pool = PackedPool(units=units[1:], shared=units[0] if shared else None)
+    counts, chosen, weights = routed(tokens, 8, 3)
+    x, residual = random(tokens, 96), random(tokens, 96, seed=5)
+    active = [(made, count) for made, count in zip(pool.units, counts, strict=True) if count]
+    if shared:
+        active.insert(0, (units[0], -1))
+    with kernels(choice):
+        found = packed.ffn_pool(x, pool, torch.tensor(counts), chosen, weights, residual)
+        expected = packed.ffn(
+            x, [made for made, _ in active], [count for _, count in active], chosen, weights, residual
+        )
+    assert torch.equal(found, expected)
+
+
+def test_a_pool_refuses_inconsistent_routing(extension: ModuleType) -> None:
+    pool = PackedPool(units=tuple(unit(64, 64, PackedFormat(bits=8, group=0), index)[0] for index in range(2)))
+    x, counts, tokens, weights = random(3, 64), torch.tensor([2, 1]), torch.arange(3, dtype=torch.int32), torch.ones(3)
+    assert packed.ffn_pool(x, pool, counts, tokens, weights).shape == (3, 64)
+    for arguments in (
+        (x.double(), counts, tokens, weights),
+        (x[:, :32], counts, tokens, weights),
+        (x, counts.to(torch.int32), tokens, weights),
+        (x, torch.tensor([3]), tokens, weights),
+        (x, torch.tensor([4, -1]), tokens, weights),
+        (x, torch.tensor([1, 1]), tokens, weights),
+        (x, torch.tensor([1 << 62, 1 << 62]), tokens, weights),
+        (x, counts, tokens + 1, weights),
+        (x, counts, tokens, weights[:2]),
+        (x, counts, tokens, weights, x[:2]),
+    ):
+        with pytest.raises(ShapeError, match=r"\[ffn_pool\]"):
+            packed.ffn_pool(arguments[0], pool, *arguments[1:])

@@ -29,7 +29,7 @@ def inputs(tokens: int, hidden: int, experts: int, seed: int = 0) -> tuple[Tenso
 
 
 def same_bits(a: Routing, b: Routing) -> bool:
-    return all(torch.equal(vars(a)[name], vars(b)[name]) for name in vars(a))
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def check_order(routing: Routing, num_experts: int) -> None:

@@ -48,6 +48,30 @@ def test_positions_go_on_from_the_caches() -> None:
     assert AttentionView(lengths=(2, 3)).positions().tolist() == [0, 1, 0, 1, 2]
 
 
+def test_positions_of_a_decoding_step() -> None:
+    cache, _ = _filled(5)
+    positions = AttentionView(lengths=(1, 1), caches=(cache, KVCache(2, 3, 4, dtype=torch.float32))).positions()
+    assert positions.tolist() == [5, 0]
+    assert positions.dtype == torch.int64
+
+
+def test_stores_are_the_layers_of_each_cache_and_follow_it_when_it_grows() -> None:
+    caches = tuple(KVCache(2, 3, 16, dtype=torch.bfloat16, capacity=capacity) for capacity in (4, 9))
+    view = AttentionView(lengths=(4, 2), caches=caches)
+    assert [len(stores) for stores in view.stores] == [2, 2], "by layer, then by cache"
+    assert [tuple(store.keys_PGWD.shape) for store in view.stores[1]] == [(1, 3, 4, 16), (1, 3, 9, 16)]
+    assert view.sequences.pages_BP.tolist() == [[0], [0]]
+    ones = torch.ones(4, 3, 16, dtype=torch.bfloat16)
+    caches[0].write(1, ones, 2 * ones)
+    assert (view.stores[1][0].keys_PGWD == 1).all()
+    assert (view.stores[1][0].values_PGWD == 2).all()
+    view.commit()
+    later = AttentionView(lengths=(1, 1), caches=caches)
+    assert later.stores[0][0].keys_PGWD.shape[2] >= 5, "room for the step"
+    assert later.stores[0][1] is view.stores[0][1], "made once per growth"
+    assert later.sequences.lengths_B.tolist() == [5, 3]
+
+
 @pytest.mark.parametrize("lengths", [(), (0,), (3, 0)])
 def test_empty_sequences_are_refused(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ShapeError, match="lengths"):

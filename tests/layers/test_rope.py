@@ -63,3 +63,13 @@ def test_equal_positions_on_all_axes_are_text_positions() -> None:
 def test_other_shapes_are_refused() -> None:
     with pytest.raises(ShapeError, match=r"\(2, 2\)"):
         rotary_rotation(torch.zeros(2, 2, dtype=torch.int64), 8, 10000.0)
+
+
+def test_what_generating_has_made_serves_training() -> None:
+    """Frequencies are kept; those of an inference step must not be inference tensors."""
+    with torch.inference_mode():
+        rotary_rotation(torch.arange(3), 32, 12345.0)
+    x = torch.randn(3, 2, 32, requires_grad=True)
+    apply_rotary(x, rotary_rotation(torch.arange(3), 32, 12345.0)).sum().backward()
+    assert x.grad is not None
+    assert not rotary_rotation(torch.arange(3), 32, 12345.0).is_inference()

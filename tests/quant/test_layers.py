@@ -16,6 +16,7 @@ from ernie45.errors import CheckpointError
 from ernie45.kernels.choice import kernels
 from ernie45.kernels.native import status
 from ernie45.kernels.packed import round_activations
+from ernie45.kernels.router import Routing
 from ernie45.layers.cache import AttentionView
 from ernie45.layers.ffn import SwiGLU
 from ernie45.layers.moe import Experts
@@ -61,10 +62,10 @@ class _RoundedExperts(nn.Module):
         super().__init__()
         self.experts = experts
 
-    def forward(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x)
+    def forward(self, x: torch.Tensor, routing: Routing, residual_TH: torch.Tensor | None = None) -> torch.Tensor:
+        out = torch.zeros_like(x) if residual_TH is None else residual_TH.clone()
         for t in range(len(x)):
-            for weight, expert in zip(weights[t], ids[t].tolist(), strict=True):
+            for weight, expert in zip(routing.weights_TK[t], routing.ids_TK[t].tolist(), strict=True):
                 gate, up = (self.experts.up_gate_proj[expert] @ _rounded(x[t : t + 1])[0]).chunk(2)
                 inner = _rounded((nn.functional.silu(gate) * up)[None])[0]
                 out[t] += weight * (self.experts.down_proj[expert] @ inner)
@@ -137,9 +138,9 @@ def test_every_leaf_on_equal_inputs(packed: Callable[..., Path], choice: Any, ca
             x = torch.randn(40, width, generator=torch.Generator().manual_seed(7))
             if isinstance(leaf, PackedExperts):
                 block = model.get_submodule(name.removesuffix(".experts"))
-                arguments = block.get_submodule("gate")(x)
-                found, expected = leaf(x, *arguments), twin(x, *arguments)
-                if leaf.shared is not None:
+                routing = block.get_submodule("gate")(x)
+                found, expected = leaf(x, routing), twin(x, routing)
+                if leaf.pool.shared is not None:
                     expected = expected + shared[name.replace("experts", "shared_experts")](x)
             else:
                 found, expected = leaf(x), twin(x)
@@ -167,17 +168,58 @@ def test_results_do_not_depend_on_neighbours(packed: Callable[..., Path]) -> Non
     torch.testing.assert_close(together[12:], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(not status().available, reason=status().reason)
+@torch.inference_mode()
+def test_steps_of_several_caches_are_the_steps_of_each_to_the_bit(packed: Callable[..., Path]) -> None:
+    with kernels("native"):
+        model = load_model(packed("wint4", moe=True))
+        prompts = [torch.randint(101, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 70, 1)]
+        together, alone = ([model.new_cache(1) for _ in prompts] for _ in range(2))
+        for count in (70, 1, 2):
+            tokens = [prompt[:count] for prompt in prompts]
+            view = AttentionView(lengths=tuple(len(ids) for ids in tokens), caches=tuple(together))
+            hidden = model.hidden(torch.cat(tokens), view)
+            logits = model.logits(hidden)
+            for part, rows, ids, cache in zip(
+                hidden.split(view.lengths), logits.split(view.lengths), tokens, alone, strict=True
+            ):
+                one = model.hidden(ids, AttentionView(lengths=(len(ids),), caches=(cache,)))
+                assert torch.equal(part, one)
+                assert torch.equal(rows, model.logits(one))
+
+
+@pytest.mark.parametrize("choice", ["reference", "native"])
+@pytest.mark.parametrize("case", ["mixture", "dense, untied, bias"])
+@torch.inference_mode()
+def test_a_residual_is_added_as_it_would_be_outside(packed: Callable[..., Path], choice: Any, case: str) -> None:
+    """To the bit for single matrices and dense layers; of experts only the order of the sum differs."""
+    if choice == "native" and not status().available:
+        pytest.skip(status().reason)
+    model = load_model(packed("wint4", **CASES[case]))
+    x, residual = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1)).unbind()
+    with kernels(choice):
+        for index in range(3):
+            o_proj, mlp = (model.get_submodule(f"model.layers.{index}.{name}") for name in ("self_attn.o_proj", "mlp"))
+            assert torch.equal(o_proj(x, residual_TH=residual), residual + o_proj(x))
+            found, expected = mlp(x, residual_TH=residual), residual + mlp(x)
+            if isinstance(mlp, PackedSwiGLU | BiasedSwiGLU):
+                assert torch.equal(found, expected)
+            else:
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_shared_experts_ride_along_and_pools_keep_apart(packed: Callable[..., Path]) -> None:
     model = load_model(packed("wint4", moe=True))
     block = model.get_submodule("model.layers.1.mlp")
     assert block.shared_experts is None
     assert isinstance(block.experts, PackedExperts)
-    assert block.experts.shared is not None
+    assert block.experts.pool.shared is not None
     # Without the routed experts' weights only the shared ones are left, once.
     x = torch.randn(5, 96)
-    weights, ids = block.gate(x)
-    both, routed = block.experts(x, weights, ids), PackedExperts(block.experts.units)(x, weights, ids)
-    alone = PackedExperts(block.experts.units, block.experts.shared)(x, weights * 0, ids)
+    routing, pool = block.gate(x), block.experts.pool
+    both, routed = block.experts(x, routing), PackedExperts(pool.units)(x, routing)
+    silent = routing._replace(token_weights=torch.zeros_like(routing.token_weights))
+    alone = PackedExperts(pool.units, pool.shared)(x, silent)
     torch.testing.assert_close(both, routed + alone, atol=1e-5, rtol=1e-5)
     assert alone.abs().max() > 1e-3
 

@@ -365,8 +365,8 @@ def test_statistics_are_the_inputs_of_each_matrix(checkpoint: Callable[..., Path
             _check_experts(calibrator, parameter, caught[name.removesuffix(".up_gate_proj")])
 
 
-def _check_experts(calibrator: Calibrator, parameter: Any, inputs: list[tuple[torch.Tensor, ...]]) -> None:
-    x, ids = torch.cat([i[0] for i in inputs]), torch.cat([i[2] for i in inputs])
+def _check_experts(calibrator: Calibrator, parameter: Any, inputs: list[tuple[Any, ...]]) -> None:
+    x, ids = torch.cat([i[0] for i in inputs]), torch.cat([i[1].ids_TK for i in inputs])
     chosen = [x[(ids == expert).any(-1)] for expert in range(8)]
     shared = sum(rows.T @ rows for rows in chosen)
     for expert, rows in enumerate(chosen):
