@@ -222,6 +222,7 @@ void rows(const PackedMatrix& matrix, const Ids& ids, const Output& y) {
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::kAmx: return "amx";
         case Isa::kAvx512: return "avx512";
         case Isa::kAvx2: return "avx2";
         default: return "baseline";
@@ -229,12 +230,12 @@ const char* isa_name(Isa isa) {
 }
 
 void choose_isa(const std::string& name) {
-    for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
         if (name != isa_name(isa)) continue;
         if (!set_isa(isa)) refuse("[set_isa] this CPU does not support " + name + "; the best it has is " + isa_name(best_isa()));
         return;
     }
-    refuse("[set_isa] expected baseline, avx2 or avx512, got " + name);
+    refuse("[set_isa] expected baseline, avx2, avx512 or amx, got " + name);
 }
 
 void choose_threads(int count) {
@@ -275,7 +276,7 @@ void bind_packed(nb::module_& m) {
     m.def("isa", [] { return isa_name(current_isa()); }, nb::sig("def isa() -> str"), "The instruction set in use.");
     m.def("best_isa", [] { return isa_name(best_isa()); }, nb::sig("def best_isa() -> str"), "The best that this CPU supports.");
     m.def("set_isa", &choose_isa, nb::arg("name"), nb::sig("def set_isa(name: str) -> None"),
-          "Use baseline, avx2 or avx512 from now on.");
+          "Use baseline, avx2, avx512 or amx from now on.");
     m.def("num_threads", &num_threads, nb::call_guard<nb::gil_scoped_release>(), nb::sig("def num_threads() -> int"),
           "Threads that take part in a kernel.");
     m.def("set_num_threads", &choose_threads, nb::arg("count"), nb::sig("def set_num_threads(count: int) -> None"),

@@ -270,6 +270,7 @@ class Attention {
 const AttentionKernels& attention_kernels() {
 #if defined(__x86_64__)
     switch (current_isa()) {
+        case Isa::kAmx:
         case Isa::kAvx512: return avx512_attention();
         case Isa::kAvx2: return avx2_attention();
         default: break;

@@ -41,7 +41,7 @@ void add(float* y, __m256i sum, const std::uint16_t* set, float x_scale, std::in
 
 // 32 columns of 4 bits: sums of codes times values.
 template <std::size_t Tokens>
-void half4(const std::uint8_t* group, const std::uint8_t* values, std::size_t groups, std::size_t half, __m256i sums[Tokens]) {
+void half4(const std::uint8_t* group, const std::uint8_t* values, std::size_t half, __m256i sums[Tokens]) {
     const __m256i mask = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
     __m256i narrow[Tokens];
     for (std::size_t t = 0; t < Tokens; ++t) narrow[t] = _mm256_setzero_si256();
@@ -49,7 +49,7 @@ void half4(const std::uint8_t* group, const std::uint8_t* values, std::size_t gr
         const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 64 * v));
         const __m256i low = _mm256_and_si256(packed, mask), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
         for (std::size_t t = 0; t < Tokens; ++t) {
-            const std::uint8_t* at = values + t * groups * kGroup + 8 * v;
+            const std::uint8_t* at = values + t * kGroup + 8 * v;
             narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(low, word(at)));
             settle(narrow[t]);
             narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(high, word(at + 4)));
@@ -59,33 +59,45 @@ void half4(const std::uint8_t* group, const std::uint8_t* values, std::size_t gr
     for (std::size_t t = 0; t < Tokens; ++t) sums[t] = _mm256_madd_epi16(narrow[t], ones);
 }
 
+// What a kernel reads of one group of its tokens.
+struct Group {
+    const std::uint8_t* values;
+    const float* scales;
+    const std::int32_t* sums;
+    std::size_t height;
+
+    template <bool Wide>
+    static Group of(const Rounded& x, std::size_t g) {
+        const std::size_t at = g * x.height + x.first;
+        return {x.values + at * (Wide ? 2 : 1) * kGroup, x.scales + at, x.sums + g * 2 * x.height + x.first, x.height};
+    }
+};
+
 template <std::size_t Tokens>
-void group4(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+void group4(const std::uint8_t* group, __m256 scale, const Group& x, float* out) {
     __m256i first[Tokens], second[Tokens];
-    half4<Tokens>(group, x.values + g * kGroup, groups, 0, first);
-    half4<Tokens>(group, x.values + g * kGroup, groups, 1, second);
+    half4<Tokens>(group, x.values, 0, first);
+    half4<Tokens>(group, x.values, 1, second);
     for (std::size_t t = 0; t < Tokens; ++t) {
-        const std::size_t at = t * groups + g;
-        const __m256i offset = _mm256_set1_epi32(kOffset4 * (x.sums[2 * at] + x.sums[2 * at + 1]));
+        const __m256i offset = _mm256_set1_epi32(kOffset4 * (x.sums[t] + x.sums[x.height + t]));
         const __m256i sum = _mm256_sub_epi32(_mm256_add_epi32(first[t], second[t]), offset);
-        add(out + t * kRows, sum, _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[at])));
+        add(out + t * kRows, sum, _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[t])));
     }
 }
 
 template <std::size_t Tokens>
-void minima4(const std::uint8_t* group, const std::uint16_t* sets, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+void minima4(const std::uint8_t* group, const std::uint16_t* sets, const Group& x, float* out) {
     for (std::size_t half = 0; half < 2; ++half) {
         __m256i sums[Tokens];
-        half4<Tokens>(group, x.values + g * kGroup, groups, half, sums);
+        half4<Tokens>(group, x.values, half, sums);
         for (std::size_t t = 0; t < Tokens; ++t) {
-            const std::size_t at = t * groups + g;
-            add(out + t * kRows, sums[t], sets + half * 2 * kRows, x.scales[at], x.sums[2 * at + half]);
+            add(out + t * kRows, sums[t], sets + half * 2 * kRows, x.scales[t], x.sums[half * x.height + t]);
         }
     }
 }
 
 template <std::size_t Tokens>
-void group8(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+void group8(const std::uint8_t* group, __m256 scale, const Group& x, float* out) {
     const __m256i sign_bit = _mm256_set1_epi8(static_cast<char>(0x80)), ones = _mm256_set1_epi16(1);
     __m256i wide[Tokens];
     for (std::size_t t = 0; t < Tokens; ++t) wide[t] = _mm256_setzero_si256();
@@ -94,25 +106,25 @@ void group8(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size
         const __m256i signed_weights = _mm256_xor_si256(packed, sign_bit);
         const __m256i magnitude = _mm256_abs_epi8(signed_weights);
         for (std::size_t t = 0; t < Tokens; ++t) {
-            const __m256i values = word(x.values + (t * groups + g) * kGroup + 4 * v);
+            const __m256i values = word(x.values + t * kGroup + 4 * v);
             const __m256i products = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(values, signed_weights));
             wide[t] = _mm256_add_epi32(wide[t], _mm256_madd_epi16(products, ones));
             settle(wide[t]);
         }
     }
     for (std::size_t t = 0; t < Tokens; ++t) {
-        add(out + t * kRows, wide[t], _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[t * groups + g])));
+        add(out + t * kRows, wide[t], _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[t])));
     }
 }
 
 // Four columns of 8 rows: `weights` are 4 rows x 4 columns of 16 bits, one for each half of the rows.
 template <std::size_t Tokens>
-void multiply_wide(__m256i sums[Tokens][2], __m256i signed_weights, const std::uint8_t* values, std::size_t groups) {
+void multiply_wide(__m256i sums[Tokens][2], __m256i signed_weights, const std::uint8_t* values) {
     const __m256i first = _mm256_cvtepi8_epi16(_mm256_castsi256_si128(signed_weights));
     const __m256i second = _mm256_cvtepi8_epi16(_mm256_extracti128_si256(signed_weights, 1));
     for (std::size_t t = 0; t < Tokens; ++t) {
         std::int64_t bits;
-        std::memcpy(&bits, values + t * groups * 2 * kGroup, sizeof bits);
+        std::memcpy(&bits, values + t * 2 * kGroup, sizeof bits);
         const __m256i four = _mm256_set1_epi64x(bits);
         sums[t][0] = _mm256_add_epi32(sums[t][0], _mm256_madd_epi16(first, four));
         sums[t][1] = _mm256_add_epi32(sums[t][1], _mm256_madd_epi16(second, four));
@@ -123,8 +135,8 @@ void multiply_wide(__m256i sums[Tokens][2], __m256i signed_weights, const std::u
 
 // Columns of one group against wide activations: `first` to `end` are 64-byte vectors of the group.
 template <int Bits, std::size_t Tokens>
-void part_wide(const std::uint8_t* group, const std::uint8_t* values, std::size_t groups, std::size_t first, std::size_t end,
-               int offset, __m256i rows[Tokens]) {
+void part_wide(const std::uint8_t* group, const std::uint8_t* values, std::size_t first, std::size_t end, int offset,
+               __m256i rows[Tokens]) {
     const __m256i mask = _mm256_set1_epi8(15), offsets = _mm256_set1_epi8(static_cast<char>(offset));
     __m256i sums[Tokens][2];  // of 4 rows each: columns 0 and 1, columns 2 and 3, side by side
     for (std::size_t t = 0; t < Tokens; ++t) sums[t][0] = sums[t][1] = _mm256_setzero_si256();
@@ -132,10 +144,10 @@ void part_wide(const std::uint8_t* group, const std::uint8_t* values, std::size_
         const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 64 * v));
         if (Bits == 4) {
             const __m256i low = _mm256_and_si256(packed, mask), high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
-            multiply_wide<Tokens>(sums, _mm256_sub_epi8(low, offsets), values + 16 * v, groups);
-            multiply_wide<Tokens>(sums, _mm256_sub_epi8(high, offsets), values + 16 * v + 8, groups);
+            multiply_wide<Tokens>(sums, _mm256_sub_epi8(low, offsets), values + 16 * v);
+            multiply_wide<Tokens>(sums, _mm256_sub_epi8(high, offsets), values + 16 * v + 8);
         } else {
-            multiply_wide<Tokens>(sums, _mm256_sub_epi8(packed, offsets), values + 8 * v, groups);
+            multiply_wide<Tokens>(sums, _mm256_sub_epi8(packed, offsets), values + 8 * v);
         }
     }
     for (std::size_t t = 0; t < Tokens; ++t) {
@@ -144,22 +156,19 @@ void part_wide(const std::uint8_t* group, const std::uint8_t* values, std::size_
 }
 
 template <int Bits, std::size_t Tokens>
-void group_wide(const std::uint8_t* group, __m256 scale, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+void group_wide(const std::uint8_t* group, __m256 scale, const Group& x, float* out) {
     __m256i rows[Tokens];
-    part_wide<Bits, Tokens>(group, x.values + g * 2 * kGroup, groups, 0, 2 * Bits, Bits == 4 ? kOffset4 : kOffset8, rows);
-    for (std::size_t t = 0; t < Tokens; ++t) {
-        add(out + t * kRows, rows[t], _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[t * groups + g])));
-    }
+    part_wide<Bits, Tokens>(group, x.values, 0, 2 * Bits, Bits == 4 ? kOffset4 : kOffset8, rows);
+    for (std::size_t t = 0; t < Tokens; ++t) add(out + t * kRows, rows[t], _mm256_mul_ps(scale, _mm256_set1_ps(x.scales[t])));
 }
 
 template <std::size_t Tokens>
-void minima_wide(const std::uint8_t* group, const std::uint16_t* sets, const Rounded& x, std::size_t groups, std::size_t g, float* out) {
+void minima_wide(const std::uint8_t* group, const std::uint16_t* sets, const Group& x, float* out) {
     for (std::size_t half = 0; half < 2; ++half) {
         __m256i rows[Tokens];
-        part_wide<4, Tokens>(group, x.values + g * 2 * kGroup, groups, 4 * half, 4 * half + 4, 0, rows);
+        part_wide<4, Tokens>(group, x.values, 4 * half, 4 * half + 4, 0, rows);
         for (std::size_t t = 0; t < Tokens; ++t) {
-            const std::size_t at = t * groups + g;
-            add(out + t * kRows, rows[t], sets + half * 2 * kRows, x.scales[at], x.sums[2 * at + half]);
+            add(out + t * kRows, rows[t], sets + half * 2 * kRows, x.scales[t], x.sums[half * x.height + t]);
         }
     }
 }
@@ -178,19 +187,20 @@ void tile(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t 
         for (std::size_t line = 0; line < kRows * kGroup * kBits / 8; line += 64) {
             _mm_prefetch(reinterpret_cast<const char*>(weights + g * kRows * kGroup * kBits / 8 + line + kAhead), _MM_HINT_T1);
         }
+        const Group values = Group::of<Wide>(x, g);
         for (std::size_t rows = 0; rows < kRows; rows += 8) {
             const std::uint8_t* group = weights + g * kRows * kGroup * kBits / 8 + 4 * rows;
             float* y = out + rows;
             if (kGrid == Grid::kMinima4) {
                 const std::uint16_t* sets = scales + g * 4 * kRows + rows;
-                (Wide ? minima_wide<Tokens> : minima4<Tokens>)(group, sets, x, groups, g, y);
+                (Wide ? minima_wide<Tokens> : minima4<Tokens>)(group, sets, values, y);
                 continue;
             }
             const __m256 scale = load_scales(scales + g / groups_per_scale * kRows + rows);
             if (Wide) {
-                group_wide<kBits, Tokens>(group, scale, x, groups, g, y);
+                group_wide<kBits, Tokens>(group, scale, values, y);
             } else {
-                (kBits == 4 ? group4<Tokens> : group8<Tokens>)(group, scale, x, groups, g, y);
+                (kBits == 4 ? group4<Tokens> : group8<Tokens>)(group, scale, values, y);
             }
         }
     }
@@ -199,10 +209,10 @@ void tile(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t 
 template <Grid kGrid, bool Wide>
 void block(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups, std::size_t groups_per_scale,
            const Rounded& x, std::size_t tokens, float* out) {
-    constexpr std::size_t kBytes = (Wide ? 2 : 1) * kGroup;
     // Four tokens fit the registers: more would spill.
     for (std::size_t first = 0; first < tokens; first += 4) {
-        const Rounded rest{x.values + first * groups * kBytes, x.scales + first * groups, x.sums + 2 * first * groups};
+        Rounded rest = x;
+        rest.first += first;
         float* y = out + first * kRows;
         switch (tokens - first) {
             case 1: tile<kGrid, Wide, 1>(weights, scales, groups, groups_per_scale, rest, y); break;
@@ -221,7 +231,7 @@ std::int32_t fold(__m256i a) {
 }
 
 template <bool Wide>
-void round_group(const float* x, std::uint8_t* values, float* scale, std::int32_t sums[2]) {
+void round_group(const float* x, std::size_t row, std::size_t height, std::uint8_t* values, float* scales, std::int32_t* sums) {
     constexpr float top = Wide ? kWidest : kNarrowest;
     const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7FFFFFFF));
     __m256 largest = _mm256_setzero_ps();
@@ -231,19 +241,19 @@ void round_group(const float* x, std::uint8_t* values, float* scale, std::int32_
     folded = _mm_max_ss(folded, _mm_movehdup_ps(folded));
     const float absmax = _mm_cvtss_f32(folded);
     const __m256 inverse = _mm256_set1_ps(absmax >= kSmallest ? top / absmax : 0.0f);
-    *scale = absmax / top;
+    scales[row] = absmax / top;
     __m256i totals[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (std::size_t i = 0; i < kGroup; i += 8) {
         const __m256i rounded = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), inverse));
         totals[i / kHalf] = _mm256_add_epi32(totals[i / kHalf], rounded);
         const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
         if (Wide) {
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 2 * i), words);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(values + 2 * (row * kGroup + i)), words);
         } else {
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(values + i), _mm_packs_epi16(words, words));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(values + row * kGroup + i), _mm_packs_epi16(words, words));
         }
     }
-    for (std::size_t half = 0; half < 2; ++half) sums[half] = fold(totals[half]);
+    for (std::size_t half = 0; half < 2; ++half) sums[half * height + row] = fold(totals[half]);
 }
 
 __m256 exponential(__m256 x) {
@@ -273,7 +283,8 @@ const BlockKernels& avx2_blocks() {
         {block<Grid::kSymmetric8, false>, block<Grid::kSymmetric8, true>},
         {block<Grid::kMinima4, false>, block<Grid::kMinima4, true>},
         {round_group<false>, round_group<true>},
-        swiglu};
+        swiglu,
+        8};
     return kernels;
 }
 

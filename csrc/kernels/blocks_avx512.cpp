@@ -1,7 +1,7 @@
 // Block kernels for AVX-512 with VNNI: one instruction multiplies 64 unsigned weights by 64 signed activations and sums them by row.
 // The weights' offset leaves through the sums' starting value, -offset x (sum of the activations).
 //
-// A wide activation is 256 high + low, both signed bytes; a group's 64 high bytes lie before its 64 low ones. Both are summed
+// A wide activation is 256 high + low, both signed bytes; the high bytes of a group of a tile lie before its low ones. Both are summed
 // in integers of their own, and 256 x the one is added to the other: at most 64 x 255 x 32512 < 2^31, so nothing overflows.
 #include <immintrin.h>
 
@@ -35,10 +35,10 @@ struct Sums {
         high[t] = _mm512_setzero_si512();
     }
     // Four columns of 16 rows.
-    void add(__m512i weights, const std::uint8_t* values, std::size_t stride) {
+    void add(__m512i weights, const std::uint8_t* values, std::size_t plane) {
         for (std::size_t t = 0; t < Tokens; ++t) {
-            if (Wide) high[t] = _mm512_dpbusd_epi32(high[t], weights, word(values + t * stride));
-            low[t] = _mm512_dpbusd_epi32(low[t], weights, word(values + t * stride + (Wide ? kGroup : 0)));
+            if (Wide) high[t] = _mm512_dpbusd_epi32(high[t], weights, word(values + t * kGroup));
+            low[t] = _mm512_dpbusd_epi32(low[t], weights, word(values + (Wide ? plane : 0) + t * kGroup));
         }
     }
     __m512 total(std::size_t t) const {
@@ -53,36 +53,37 @@ void tile(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t 
     constexpr std::size_t kBytes = (Wide ? 2 : 1) * kGroup;
     constexpr std::size_t kGroupVectors = kNibbles ? 8 : 16, kParts = kMinima ? 2 : 1, kVectors = kGroupVectors / kParts;
     const __m512i mask = _mm512_set1_epi8(15);
-    const std::size_t stride = groups * kBytes;
+    const std::size_t plane = x.height * kGroup;
     __m512 y[Tokens];
     for (std::size_t t = 0; t < Tokens; ++t) y[t] = _mm512_setzero_ps();
     for (std::size_t g = 0; g < groups; ++g) {
         const std::uint8_t* group = weights + g * kGroupVectors * 64;
-        const std::uint8_t* values = x.values + g * kBytes;
+        const std::uint8_t* values = x.values + g * x.height * kBytes + x.first * kGroup;
+        const float* x_scales = x.scales + g * x.height + x.first;
+        const std::int32_t* x_sums = x.sums + g * 2 * x.height + x.first;
         for (std::size_t part = 0; part < kParts; ++part) {
             Sums<Wide, Tokens> sums;
             for (std::size_t t = 0; t < Tokens; ++t) {
-                const std::int32_t* halves = x.sums + 2 * (t * groups + g);
-                sums.begin(t, kMinima ? 0 : -(kNibbles ? kOffset4 : kOffset8) * (halves[0] + halves[1]));
+                sums.begin(t, kMinima ? 0 : -(kNibbles ? kOffset4 : kOffset8) * (x_sums[t] + x_sums[x.height + t]));
             }
+#pragma GCC unroll 8  // without, half of the loop is copies between registers
             for (std::size_t v = part * kVectors; v < (part + 1) * kVectors; ++v) {
                 _mm_prefetch(reinterpret_cast<const char*>(group + 64 * v + kAhead), _MM_HINT_T1);
                 const __m512i packed = _mm512_loadu_si512(group + 64 * v);
                 if (kNibbles) {
-                    sums.add(_mm512_and_si512(packed, mask), values + 8 * v, stride);
-                    sums.add(_mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), values + 8 * v + 4, stride);
+                    sums.add(_mm512_and_si512(packed, mask), values + 8 * v, plane);
+                    sums.add(_mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), values + 8 * v + 4, plane);
                 } else {
-                    sums.add(packed, values + 4 * v, stride);
+                    sums.add(packed, values + 4 * v, plane);
                 }
             }
             const std::uint16_t* set = scales + (kMinima ? (2 * g + part) * 2 : g / groups_per_scale) * kRows;
             const __m512 scale = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(set)));
             for (std::size_t t = 0; t < Tokens; ++t) {
-                const float x_scale = x.scales[t * groups + g];
-                y[t] = _mm512_fmadd_ps(sums.total(t), _mm512_mul_ps(scale, _mm512_set1_ps(x_scale)), y[t]);
+                y[t] = _mm512_fmadd_ps(sums.total(t), _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[t])), y[t]);
                 if (kMinima) {
                     const __m512 minimum = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(set + kRows)));
-                    const float x_sum = x_scale * static_cast<float>(x.sums[2 * (t * groups + g) + part]);
+                    const float x_sum = x_scales[t] * static_cast<float>(x_sums[part * x.height + t]);
                     y[t] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x_sum), y[t]);
                 }
             }
@@ -107,27 +108,28 @@ void block(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t
 }
 
 template <bool Wide>
-void round_group(const float* x, std::uint8_t* values, float* scale, std::int32_t sums[2]) {
+void round_group(const float* x, std::size_t row, std::size_t height, std::uint8_t* values, float* scales, std::int32_t* sums) {
     constexpr float top = Wide ? kWidest : kNarrowest;
     __m512 largest = _mm512_setzero_ps();
     for (std::size_t i = 0; i < kGroup; i += 16) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
     const float absmax = _mm512_reduce_max_ps(largest);
     const __m512 inverse = _mm512_set1_ps(absmax >= kSmallest ? top / absmax : 0.0f);
-    *scale = absmax / top;
+    scales[row] = absmax / top;
     __m512i totals[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     for (std::size_t i = 0; i < kGroup; i += 16) {
         const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
         totals[i / kHalf] = _mm512_add_epi32(totals[i / kHalf], rounded);
-        auto* out = reinterpret_cast<__m128i*>(values + i);
+        std::uint8_t* out = values + row * kGroup + i;
         if (Wide) {
             const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(rounded, _mm512_set1_epi32(128)), 8);
-            _mm_storeu_si128(out, _mm512_cvtepi32_epi8(high));
-            _mm_storeu_si128(out + kGroup / 16, _mm512_cvtepi32_epi8(rounded));  // the low byte, read as signed
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(high));
+            // The low byte, read as signed.
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out + height * kGroup), _mm512_cvtepi32_epi8(rounded));
         } else {
-            _mm_storeu_si128(out, _mm512_cvtsepi32_epi8(rounded));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtsepi32_epi8(rounded));
         }
     }
-    for (std::size_t half = 0; half < 2; ++half) sums[half] = _mm512_reduce_add_epi32(totals[half]);
+    for (std::size_t half = 0; half < 2; ++half) sums[half * height + row] = _mm512_reduce_add_epi32(totals[half]);
 }
 
 __m512 exponential(__m512 x) {
@@ -155,7 +157,8 @@ const BlockKernels& avx512_blocks() {
         {block<Grid::kSymmetric8, false>, block<Grid::kSymmetric8, true>},
         {block<Grid::kMinima4, false>, block<Grid::kMinima4, true>},
         {round_group<false>, round_group<true>},
-        swiglu};
+        swiglu,
+        8};
     return kernels;
 }
 

@@ -42,7 +42,7 @@ void block(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t
         for (std::size_t r = 0; r < kRows; ++r) {
             const float scale = half_to_float(scales[g / groups_per_scale * kRows + r]);
             for (std::size_t t = 0; t < tokens; ++t) {
-                const std::size_t at = t * groups + g;
+                const std::size_t at = g * x.height + x.first + t;
                 const std::int32_t sum = dot<Bits, Wide>(group, r, x.values + at * sizeof(Value<Wide>) * kGroup, 0, kGroup,
                                                          Bits == 4 ? kOffset4 : kOffset8);
                 float& y = out[t * kRows + r];
@@ -63,29 +63,30 @@ void block_minima(const std::uint8_t* weights, const std::uint16_t* scales, std:
             const float scale = half_to_float(scales[h * 2 * kRows + r]);
             const float minimum = half_to_float(scales[h * 2 * kRows + kRows + r]);
             for (std::size_t t = 0; t < tokens; ++t) {
-                const std::size_t at = t * groups + g;
+                const std::size_t at = g * x.height + x.first + t;
                 const std::uint8_t* values = x.values + at * sizeof(Value<Wide>) * kGroup;
+                const std::int32_t x_sum = x.sums[h * x.height + x.first + t];
                 const std::int32_t sum = dot<4, Wide>(group, r, values, first, first + kHalf, 0);
                 float& y = out[t * kRows + r];
                 y = std::fma(static_cast<float>(sum), scale * x.scales[at], y);
-                y = std::fma(minimum, x.scales[at] * static_cast<float>(x.sums[2 * at + h % 2]), y);
+                y = std::fma(minimum, x.scales[at] * static_cast<float>(x_sum), y);
             }
         }
     }
 }
 
 template <bool Wide>
-void round_group(const float* x, std::uint8_t* values, float* scale, std::int32_t sums[2]) {
+void round_group(const float* x, std::size_t row, std::size_t height, std::uint8_t* values, float* scales, std::int32_t* sums) {
     constexpr float top = Wide ? kWidest : kNarrowest;
     float largest = 0;
     for (std::size_t i = 0; i < kGroup; ++i) largest = std::fmax(largest, std::fabs(x[i]));
     const float inverse = largest >= kSmallest ? top / largest : 0.0f;
-    *scale = largest / top;
-    sums[0] = sums[1] = 0;
+    scales[row] = largest / top;
+    sums[row] = sums[height + row] = 0;
     for (std::size_t i = 0; i < kGroup; ++i) {
         const auto value = static_cast<Value<Wide>>(std::nearbyint(x[i] * inverse));
-        std::memcpy(values + i * sizeof value, &value, sizeof value);
-        sums[i / kHalf] += value;
+        std::memcpy(values + (row * kGroup + i) * sizeof value, &value, sizeof value);
+        sums[i / kHalf * height + row] += value;
     }
 }
 
@@ -108,7 +109,7 @@ void swiglu(const float* gate, const float* up, float* out) {
 const BlockKernels& baseline_blocks() {
     static constexpr BlockKernels kernels{
         {block<4, false>, block<4, true>},         {block<8, false>, block<8, true>}, {block_minima<false>, block_minima<true>},
-        {round_group<false>, round_group<true>}, swiglu};
+        {round_group<false>, round_group<true>}, swiglu, 8};
     return kernels;
 }
 

@@ -59,6 +59,7 @@ void find_places(const KvStores& stores, const Sequences& sequences, std::vector
 const ElementwiseKernels& elementwise_kernels() {
 #if defined(__x86_64__)
     switch (current_isa()) {
+        case Isa::kAmx:
         case Isa::kAvx512: return avx512_elementwise();
         case Isa::kAvx2: return avx2_elementwise();
         default: break;

@@ -1,11 +1,26 @@
 #include "kernels/isa.hpp"
 
 #include <atomic>
+#include <initializer_list>
+
+#if defined(ERNIE45_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels/cpu_features.hpp"
 
 namespace ernie45 {
 namespace {
+
+#if defined(ERNIE45_AMX)
+// Linux gives the tile registers only to processes that ask. Source: kernel documentation, x86/xstate.
+bool may_use_tiles() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+}
+#endif
 
 bool has(Isa isa) {
     switch (isa) {
@@ -20,6 +35,12 @@ bool has(Isa isa) {
             return has(Isa::kAvx2) && cpu.avx512f && cpu.avx512bw && cpu.avx512vl && cpu.avx512dq && cpu.avx512_vnni;
         }
 #endif
+#if defined(ERNIE45_AMX)
+        case Isa::kAmx: {
+            const CpuFeatures cpu = cpu_features();
+            return has(Isa::kAvx512) && cpu.amx_tile && cpu.amx_int8 && may_use_tiles();
+        }
+#endif
         default: return false;
     }
 }
@@ -32,7 +53,12 @@ std::atomic<Isa>& chosen() {
 }  // namespace
 
 Isa best_isa() {
-    static const Isa best = has(Isa::kAvx512) ? Isa::kAvx512 : has(Isa::kAvx2) ? Isa::kAvx2 : Isa::kBaseline;
+    static const Isa best = [] {
+        for (const Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2}) {
+            if (has(isa)) return isa;
+        }
+        return Isa::kBaseline;
+    }();
     return best;
 }
 
@@ -47,6 +73,9 @@ bool set_isa(Isa isa) {
 const BlockKernels& block_kernels() {
 #if defined(__x86_64__)
     switch (current_isa()) {
+#if defined(ERNIE45_AMX)
+        case Isa::kAmx: return amx_blocks();
+#endif
         case Isa::kAvx512: return avx512_blocks();
         case Isa::kAvx2: return avx2_blocks();
         default: break;

@@ -5,7 +5,7 @@
 
 namespace ernie45 {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAmx };  // each includes those before it
 
 // The best that CPU and operating system support.
 Isa best_isa();

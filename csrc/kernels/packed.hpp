@@ -49,22 +49,29 @@ struct Packed {
 
 // Rows of activations, rounded per group: x = value * scale. Narrow values lie in -127 .. 127, one byte each, in order. Wide ones
 // lie in -32512 .. 32512, two bytes each; how they lie within their group is up to each instruction set's file.
+//
+// Rows lie in tiles of 16 (kRowsOfTile), or of as many as there are: the values of a group of a tile are together, so that a kernel's tokens
+// are a fixed number of bytes apart.
 struct Rounded {
-    const std::uint8_t* values = nullptr;  // (tokens, groups, 64 or 128 bytes), zeros in the padding
-    const float* scales = nullptr;         // (tokens, groups): largest magnitude of the group / 127 or 32512
-    const std::int32_t* sums = nullptr;    // (tokens, groups, 2): sum of the values of each half
+    const std::uint8_t* values = nullptr;  // of the first row's tile: (groups, height, 64 or 128 bytes), zeros in the padding
+    const float* scales = nullptr;         // (groups, height): largest magnitude of the group / 127 or 32512
+    const std::int32_t* sums = nullptr;    // (groups, 2, height): sums of the values of both halves
+    std::size_t height = 1;                // rows of a tile
+    std::size_t first = 0;                 // the first row's place in its tile
 };
 
+constexpr std::size_t kRowsOfTile = 16;
 constexpr float kNarrowest = 127.0f, kWidest = 32512.0f;  // 32512 = 127 * 256: its high byte still fits 8 signed bits
 // Groups whose largest magnitude is below this are zero: the inverse of their scale could overflow.
 constexpr float kSmallest = 1e-30f;
 
-// One row block times `tokens` rows of activations: out (tokens, 16) float32. `tokens` is 1 .. kMaxTile.
-constexpr std::size_t kMaxTile = 8;
+// One row block times `tokens` rows of activations: out (tokens, 16) float32. `tokens` is 1 .. BlockKernels::max_tile; the rows may leave
+// their tile only where that is more than 8, and then begin with one. Up to kSlack bytes behind the last are read and do not matter.
+constexpr std::size_t kMaxTile = 64, kSlack = 2 * kRowsOfTile * kGroup;
 using BlockKernel = void (*)(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups,
                              std::size_t groups_per_scale, const Rounded& x, std::size_t tokens, float* out);
-// Rounds one group of 64 values.
-using RoundKernel = void (*)(const float* x, std::uint8_t* values, float* scale, std::int32_t sums[2]);
+// Rounds 64 values into row `row` of a group of a tile.
+using RoundKernel = void (*)(const float* x, std::size_t row, std::size_t height, std::uint8_t* values, float* scales, std::int32_t* sums);
 // silu(gate) * up of 16 values. The exponential is the same polynomial in every file (exponential.hpp), so the bits are too.
 using SwigluKernel = void (*)(const float* gate, const float* up, float* out);
 
@@ -72,6 +79,7 @@ struct BlockKernels {
     BlockKernel block4[2], block8[2], minima4[2];  // for narrow and for wide activations
     RoundKernel round[2];
     SwigluKernel swiglu;
+    std::size_t max_tile;  // tokens that a call takes, at most kMaxTile
 
     BlockKernel block(const Packed& m) const { return (m.minima ? minima4 : m.bits == 4 ? block4 : block8)[m.wide]; }
 };
@@ -79,5 +87,6 @@ struct BlockKernels {
 const BlockKernels& baseline_blocks();
 const BlockKernels& avx2_blocks();
 const BlockKernels& avx512_blocks();
+const BlockKernels& amx_blocks();
 
 }  // namespace ernie45

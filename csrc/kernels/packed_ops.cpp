@@ -21,24 +21,24 @@ constexpr std::size_t kCachedBytes = 96 * 1024;
 constexpr std::size_t kTaskBytes = 256 * 1024, kTasksPerThread = 4;
 constexpr std::size_t kBlocksOf64 = kGroup / kRows;
 
-// Rows of rounded activations in memory that belongs to a RoundedBuffer.
+// Rows of rounded activations in memory that belongs to a RoundedBuffer, in tiles: see Rounded.
 struct RoundedRows {
     std::uint8_t* values = nullptr;
     float* scales = nullptr;
     std::int32_t* sums = nullptr;
-    std::size_t groups = 0;
+    std::size_t groups = 0, height = 1;
     bool wide = false;
 
     std::size_t group_bytes() const { return wide ? 2 * kGroup : kGroup; }
 
     Rounded from(std::size_t row) const {
-        const std::size_t at = row * groups;
-        return {values + at * group_bytes(), scales + at, sums + 2 * at};
+        const std::size_t before = row / kRowsOfTile * groups * height;
+        return {values + before * group_bytes(), scales + before, sums + 2 * before, height, row % kRowsOfTile};
     }
 
     void round_group(const float* x, std::size_t row, std::size_t group, const BlockKernels& kernels) const {
-        const std::size_t at = row * groups + group;
-        kernels.round[wide](x, values + at * group_bytes(), scales + at, sums + 2 * at);
+        const std::size_t before = (row / kRowsOfTile * groups + group) * height;
+        kernels.round[wide](x, row % kRowsOfTile, height, values + before * group_bytes(), scales + before, sums + 2 * before);
     }
 
     void round_row(const float* x, std::size_t columns, std::size_t row, const BlockKernels& kernels) const {
@@ -53,38 +53,36 @@ struct RoundedRows {
             round_group(group, row, g, kernels);
         }
     }
-
-    void copy_row(const Rounded& row, std::size_t to) const {
-        std::memcpy(values + to * groups * group_bytes(), row.values, groups * group_bytes());
-        std::memcpy(scales + to * groups, row.scales, groups * sizeof(float));
-        std::memcpy(sums + 2 * to * groups, row.sums, 2 * groups * sizeof(std::int32_t));
-    }
 };
 
 // Memory for rounded rows. Kept per calling thread, so that a step allocates nothing.
 class RoundedBuffer {
    public:
-    // Room for that many groups, whatever their width; ends the life of all rows taken before.
-    void reserve(std::size_t num_groups) {
-        if (scales_.size() < num_groups) {
-            values_.resize(num_groups * 2 * kGroup);
-            scales_.resize(num_groups);
-            sums_.resize(2 * num_groups);
+    // Ends the life of all rows taken before, and begins counting what will be taken.
+    void clear() { wanted_ = taken_ = 0; }
+    void want(std::size_t rows, std::size_t groups) { wanted_ += padded(rows) * groups; }
+
+    void reserve() {
+        if (scales_.size() < wanted_) {
+            values_.resize(wanted_ * 2 * kGroup + kSlack);
+            scales_.resize(wanted_);
+            sums_.resize(2 * wanted_);
         }
-        taken_ = 0;
     }
 
     RoundedRows take(std::size_t rows, std::size_t groups, bool wide) {
         const std::size_t at = taken_;
-        taken_ += rows * groups;
-        return {values_.data() + at * 2 * kGroup, scales_.data() + at, sums_.data() + 2 * at, groups, wide};
+        taken_ += padded(rows) * groups;
+        return {values_.data() + at * 2 * kGroup, scales_.data() + at, sums_.data() + 2 * at, groups, std::min(rows, kRowsOfTile), wide};
     }
 
    private:
+    static std::size_t padded(std::size_t rows) { return rows < kRowsOfTile ? rows : round_up(rows, kRowsOfTile); }
+
     std::vector<std::uint8_t> values_;
     std::vector<float> scales_;
     std::vector<std::int32_t> sums_;
-    std::size_t taken_ = 0;
+    std::size_t wanted_ = 0, taken_ = 0;
 };
 
 // A unit of the feed-forward with its rounded inputs and the place for what is between its two products.
@@ -128,8 +126,8 @@ std::size_t blocks_per_task(std::size_t blocks, std::size_t block_bytes) {
 }
 
 // Tokens whose rounded rows stay in cache, in whole tiles.
-std::size_t tokens_per_pass(const RoundedRows& x) {
-    return std::max(kMaxTile, kCachedBytes / (x.groups * x.group_bytes()) / kMaxTile * kMaxTile);
+std::size_t tokens_per_pass(const RoundedRows& x, std::size_t tile) {
+    return std::max(tile, kCachedBytes / (x.groups * x.group_bytes()) / tile * tile);
 }
 
 }  // namespace
@@ -138,18 +136,20 @@ void packed_linear(const float* x, std::size_t tokens, const Packed& m, const fl
     if (tokens == 0) return;
     const BlockKernels& kernels = block_kernels();
     RoundedBuffer& buffer = scratch().x;
-    buffer.reserve(tokens * m.groups());
+    buffer.clear();
+    buffer.want(tokens, m.groups());
+    buffer.reserve();
     const RoundedRows rounded = buffer.take(tokens, m.groups(), m.wide);
     round_rows(x, tokens, m.columns, rounded, kernels);
-    const std::size_t per_task = blocks_per_task(m.blocks(), m.groups() * m.group_bytes()), per_pass = tokens_per_pass(rounded);
+    const std::size_t per_task = blocks_per_task(m.blocks(), m.groups() * m.group_bytes()), per_pass = tokens_per_pass(rounded, kernels.max_tile);
     parallel_for(round_up(m.blocks(), per_task) / per_task, [&](std::size_t task) {
         const std::size_t first = task * per_task, last = std::min(first + per_task, m.blocks());
         float tile[kMaxTile * kRows];
         for (std::size_t pass = 0; pass < tokens; pass += per_pass) {
             for (std::size_t block = first; block < last; ++block) {
                 const std::size_t row = block * kRows, width = std::min(kRows, m.rows - row);
-                for (std::size_t t = pass; t < std::min(pass + per_pass, tokens); t += kMaxTile) {
-                    const std::size_t now = std::min({kMaxTile, tokens - t, pass + per_pass - t});
+                for (std::size_t t = pass; t < std::min(pass + per_pass, tokens); t += kernels.max_tile) {
+                    const std::size_t now = std::min({kernels.max_tile, tokens - t, pass + per_pass - t});
                     run_block(kernels, m, block, rounded.from(t), now, tile);
                     for (std::size_t i = 0; i < now; ++i) {
                         float* out = y + (t + i) * m.rows + row;
@@ -175,20 +175,21 @@ void packed_ffn(const float* x, std::size_t tokens, std::size_t hidden, const Ff
 
     // The inputs, rounded in each width that some unit wants.
     RoundedRows rounded[2];
-    buffers.x.reserve(2 * tokens * groups);
-    std::size_t gathered_groups = 0, inner_groups = 0;
+    for (RoundedBuffer* buffer : {&buffers.x, &buffers.gathered, &buffers.inner}) buffer->clear();
+    for (std::size_t width = 0; width < 2; ++width) buffers.x.want(tokens, groups);
+    buffers.x.reserve();
     for (std::size_t u = 0; u < num_units; ++u) {
         const FfnUnit& unit = units[u];
-        gathered_groups += unit.count * groups;
-        inner_groups += unit.count * unit.down.groups();
+        buffers.gathered.want(unit.count, groups);
+        buffers.inner.want(unit.count, unit.down.groups());
         RoundedRows& rows = rounded[unit.gate_up.wide];
-        if (unit.count > 0 && rows.values == nullptr) {
+        if (unit.count == tokens && rows.values == nullptr) {
             rows = buffers.x.take(tokens, groups, unit.gate_up.wide);
             round_rows(x, tokens, hidden, rows, kernels);
         }
     }
-    buffers.gathered.reserve(gathered_groups);
-    buffers.inner.reserve(inner_groups);
+    buffers.gathered.reserve();
+    buffers.inner.reserve();
     std::vector<PreparedUnit>& prepared = buffers.units;
     prepared.clear();
     std::size_t gate_tasks = 0;
@@ -197,16 +198,17 @@ void packed_ffn(const float* x, std::size_t tokens, std::size_t hidden, const Ff
         if (unit.count == 0) continue;
         PreparedUnit next{&unit, rounded[unit.gate_up.wide], buffers.inner.take(unit.count, unit.down.groups(), unit.down.wide),
                           gate_tasks};
-        // Rows of chosen tokens are brought together; a unit that sees all of them, in order, takes them where they are.
-        if (unit.tokens != nullptr && unit.count < tokens) {
-            next.x = buffers.gathered.take(unit.count, groups, unit.gate_up.wide);
-            for (std::size_t i = 0; i < unit.count; ++i) {
-                next.x.copy_row(rounded[unit.gate_up.wide].from(static_cast<std::size_t>(unit.tokens[i])), i);
-            }
-        }
+        if (unit.count < tokens) next.x = buffers.gathered.take(unit.count, groups, unit.gate_up.wide);
         gate_tasks += unit.down.groups();
         prepared.push_back(next);
     }
+    // Rows of chosen tokens are brought together; a unit that sees all of them, in ascending order, takes them where they are.
+    parallel_for(prepared.size(), [&](std::size_t u) {
+        const PreparedUnit& unit = prepared[u];
+        for (std::size_t i = 0; i < unit.unit->count && unit.unit->count < tokens; ++i) {
+            unit.x.round_row(x + unit.token(i) * hidden, hidden, i, kernels);
+        }
+    });
 
     // Gate and up, 64 inner values per task: they are one group of the next product and are rounded on the spot.
     parallel_for(gate_tasks, [&](std::size_t task) {
@@ -216,8 +218,8 @@ void packed_ffn(const float* x, std::size_t tokens, std::size_t hidden, const Ff
         const std::size_t group = task - unit.first_task;
         const Packed& m = unit.unit->gate_up;
         float gate[kMaxTile * kRows], up[kMaxTile * kRows], product[kMaxTile][kGroup];
-        for (std::size_t t = 0; t < unit.unit->count; t += kMaxTile) {
-            const std::size_t now = std::min(kMaxTile, unit.unit->count - t);
+        for (std::size_t t = 0; t < unit.unit->count; t += kernels.max_tile) {
+            const std::size_t now = std::min(kernels.max_tile, unit.unit->count - t);
             const Rounded in = unit.x.from(t);
             for (std::size_t b = 0; b < kBlocksOf64; ++b) {
                 const std::size_t block = 2 * (group * kBlocksOf64 + b);
@@ -249,8 +251,8 @@ void packed_ffn(const float* x, std::size_t tokens, std::size_t hidden, const Ff
         for (const PreparedUnit& unit : prepared) {
             for (std::size_t block = first; block < last; ++block) {
                 const std::size_t row = block * kRows, here = std::min(kRows, hidden - row);
-                for (std::size_t t = 0; t < unit.unit->count; t += kMaxTile) {
-                    const std::size_t now = std::min(kMaxTile, unit.unit->count - t);
+                for (std::size_t t = 0; t < unit.unit->count; t += kernels.max_tile) {
+                    const std::size_t now = std::min(kernels.max_tile, unit.unit->count - t);
                     run_block(kernels, unit.unit->down, block, unit.inner.from(t), now, tile);
                     for (std::size_t i = 0; i < now; ++i) {
                         const float weight = unit.weight(t + i);

@@ -1,6 +1,6 @@
 """Which kernels run: the native ones, or the references in plain PyTorch. One place, chosen once, visible.
 
-Environment, read here and nowhere else: `ERNIE_KERNELS` (native or reference), `ERNIE_ISA` (baseline, avx2, avx512),
+Environment, read here and nowhere else: `ERNIE_KERNELS` (native or reference), `ERNIE_ISA` (baseline, avx2, avx512, amx),
 `ERNIE_THREADS` (a number). Without them the native module is used where it is there, on the best instruction set and all
 cores.
 """
@@ -23,7 +23,7 @@ Kernels = Literal["native", "reference"]
 _EXTENSION = "ernie45.kernels._native"
 
 # What `CMakeLists.txt` compiles, worst first, by architecture; a CPU that supports one supports those before it.
-_COMPILED = {"x86_64": ("baseline", "avx2", "avx512")}
+_COMPILED = {"x86_64": ("baseline", "avx2", "avx512", "amx")}
 _VARIABLES = ("ERNIE_KERNELS", "ERNIE_ISA", "ERNIE_THREADS")
 
 

@@ -36,7 +36,7 @@ def extension() -> Iterator[ModuleType]:
     module.set_num_threads(threads)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "amx"])
 def isa(request: pytest.FixtureRequest, extension: ModuleType) -> str:
     """Each instruction set in turn; those that the CPU lacks are skipped visibly."""
     try:
@@ -49,5 +49,5 @@ def isa(request: pytest.FixtureRequest, extension: ModuleType) -> str:
 @pytest.fixture
 def isas(extension: ModuleType) -> list[str]:
     """All instruction sets of this CPU."""
-    names = ["baseline", "avx2", "avx512"]
+    names = ["baseline", "avx2", "avx512", "amx"]
     return names[: names.index(extension.best_isa()) + 1]

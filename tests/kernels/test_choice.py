@@ -75,7 +75,7 @@ def test_reference_can_be_forced() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ERNIE_ISA": "neon9"}, "expected baseline, avx2 or avx512, got neon9"),
+        ({"ERNIE_ISA": "neon9"}, "expected baseline, avx2, avx512 or amx, got neon9"),
         ({"ERNIE_THREADS": "0"}, "expected 1 to 1024, got 0"),
         ({"ERNIE_THREADS": "many"}, "many"),
     ],

@@ -50,7 +50,7 @@ template <typename Body>
 void everywhere(const char* what, std::size_t outputs, const Body& body) {
     auto first = exactly<float>(outputs);
     bool have_first = false;
-    for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    for (const Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
         if (!set_isa(isa)) continue;
         for (const int threads : {1, 3}) {
             set_num_threads(threads);
