@@ -1,16 +1,20 @@
-"""The same figures from other programs on the same machine: llama.cpp (through the prebuilt `xllamacpp`) and transformers.
+"""The same figures from other programs on the same machine: llama.cpp and transformers.
 
-llama.cpp runs random Q4_0 weights of the same shape, or the checkpoint converted to float16 GGUF; the prebuilt wheel uses AVX2 at most
-and reaches about 95 % of a native build there.
+llama.cpp runs random Q4_0 weights of the same shape (embedding and head Q6_K, as it chooses them). Where a build is at hand,
+its own tools measure it with and without repacked weights and flash attention, and the best of each row counts. Else
+the prebuilt `xllamacpp` serves, which uses AVX2 at most.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,23 @@ from ernie45.errors import NotFoundError, UsageError
 _DECODE_TOKENS = 48
 
 
+@dataclass(frozen=True, kw_only=True)
+class LlamaCpp:
+    """Where llama.cpp is, and the weights it runs."""
+
+    tools: Path | None = None
+    """Folder with `llama-bench` and `llama-batched-bench`; None: the Python package xllamacpp."""
+    file: Path | None = None
+    """GGUF to use, written if it is not there; None: one that is removed afterwards."""
+
+
 def measure(
-    peer: str, path: Path, contexts: Sequence[int], batches: Sequence[int], prompts: Sequence[int]
+    peer: str,
+    path: Path,
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    prompts: Sequence[int],
+    llama_cpp: LlamaCpp | None = None,
 ) -> list[Figure]:
     """Decode and prefill speed of a peer; batches above 1 only where it can. Raises: NotFoundError if it is not installed."""
     config = open_source(path).config
@@ -34,10 +53,14 @@ def measure(
         return _transformers(path, batches, prompts)
     if peer != "llama.cpp":
         raise UsageError(f"peer is {peer!r}, expected llama.cpp or transformers")
+    where = llama_cpp or LlamaCpp()
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch, "peer.gguf")
-        write_gguf(config, file)
-        return _llama_cpp(file, config, contexts, prompts)
+        file = where.file or Path(scratch, "peer.gguf")
+        if not file.exists():
+            write_gguf(config, file)
+        if where.tools is None:
+            return _llama_cpp(file, config, contexts, prompts)
+        return _llama_tools(where.tools, file, contexts, batches, prompts)
 
 
 def _figure(what: str, context: int, batch: int, rates: Sequence[float]) -> Figure:
@@ -51,6 +74,63 @@ def _figure(what: str, context: int, batch: int, rates: Sequence[float]) -> Figu
         bytes_per_step=0,
         bound_tokens_per_s=None,
     )
+
+
+def _llama_tools(
+    tools: Path, file: Path, contexts: Sequence[int], batches: Sequence[int], prompts: Sequence[int]
+) -> list[Figure]:
+    """The best of four settings for every row, as llama.cpp's own tools report them."""
+    threads = str(torch.get_num_threads())
+    figures: dict[tuple[str, int, int], Figure] = {}
+
+    def consider(figure: Figure) -> None:
+        key = figure.what, figure.context, figure.batch
+        if key not in figures or figure.tokens_per_s > figures[key].tokens_per_s:
+            figures[key] = figure
+
+    for repack, flash in itertools.product("10", "10"):
+        common = ["-m", str(file), "-t", threads, "-fa", flash, "--repack", repack, "-o", "json", "-r", "3"]
+        for context in contexts:
+            arguments = ["-p", "0", "-n", str(_DECODE_TOKENS), "-d", str(context)]
+            for result in json.loads(_run(tools / "llama-bench", *common, *arguments)):
+                consider(_figure("decode", context, 1, result["samples_ts"]))
+        if prompts:
+            arguments = ["-n", "0", "-p", ",".join(map(str, prompts))]
+            for result in json.loads(_run(tools / "llama-bench", *common, *arguments)):
+                consider(_figure("prefill", result["n_prompt"], 1, result["samples_ts"]))
+    several = [batch for batch in batches if batch > 1]
+    for repack, flash in itertools.product(("--repack", "--no-repack"), ("on", "off")) if several else ():
+        text = _run(
+            tools / "llama-batched-bench",
+            *("-m", str(file), "-t", threads, "-c", str(max(several) * 2 * _DECODE_TOKENS), "-fa", flash, repack),
+            *(
+                "-npp",
+                "16",
+                "-ntg",
+                str(_DECODE_TOKENS),
+                "-npl",
+                ",".join(map(str, several)),
+                "--output-format",
+                "jsonl",
+            ),
+        )
+        for line in text.splitlines():
+            if line.startswith("{"):
+                result = json.loads(line)
+                consider(_figure("decode", 0, result["pl"], [result["speed_tg"]]))
+    return list(figures.values())
+
+
+def _run(program: Path, *arguments: str) -> str:
+    if not program.is_file():
+        raise NotFoundError(
+            f"there is no {program}: build llama.cpp with the targets llama-bench and llama-batched-bench"
+        )
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = " ".join(done.stderr.strip().splitlines()[-2:])
+        raise UsageError(f"{program} ended with status {done.returncode}: {last[-300:]}")
+    return done.stdout
 
 
 def _llama_cpp(file: Path, config: ModelConfig, contexts: Sequence[int], prompts: Sequence[int]) -> list[Figure]:

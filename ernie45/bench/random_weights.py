@@ -30,7 +30,7 @@ from ernie45.quant.scheme import Scheme
 _SPREAD = 0.02
 _SHARD_BYTES = 4 * 10**9
 # Spread of uniformly drawn codes: the value a scale of 1 gives them.
-_CODE_SPREAD = {4: 4.6, 8: 73.9}
+_CODE_SPREAD = {4: 4.4, 8: 73.9}
 
 
 def write_packed(
@@ -67,11 +67,9 @@ def _drawn(
     name: str, dtype: torch.dtype, shape: tuple[int, ...], format: PackedFormat | None, generator: torch.Generator
 ) -> Tensor:
     if format is not None and dtype == torch.uint8:
-        count = torch.Size(shape).numel()
-        words = torch.empty(-(-count // 8), dtype=torch.int64).random_(generator=generator)
-        drawn = words.view(torch.uint8)[:count].view(shape)
+        drawn = _random_bytes(torch.Size(shape).numel(), generator).view(shape)
         # The byte 0 stands for -128, which no quantizer writes.
-        return drawn.clamp_(min=1) if format.bits == 8 else drawn
+        return drawn.clamp_(min=1) if format.bits == 8 else drawn if format.has_minima else _centred(drawn)
     if format is not None:
         scales = torch.full(shape, _SPREAD / _CODE_SPREAD[format.bits], dtype=torch.float16)
         if format.has_minima:  # 16 scales and 16 minima take turns
@@ -120,11 +118,25 @@ def write_gguf(
 
 def _random_blocks(kind: GGMLType, size: int, generator: torch.Generator) -> Tensor:
     """Random bytes with a sane float16 scale in every block: Q4_0 begins with it, Q6_K ends with it."""
-    blocks = torch.empty(-(-size // 8), dtype=torch.int64).random_(generator=generator).view(torch.uint8)[:size]
-    blocks = blocks.view(-1, kind.block_bytes)
-    scale = torch.tensor([_SPREAD / (4.6 if kind == GGMLType.Q4_0 else 18.5 * 74)], dtype=torch.float16).view(
-        torch.uint8
-    )
+    blocks = _random_bytes(size, generator).view(-1, kind.block_bytes)
+    if kind == GGMLType.Q4_0:
+        blocks = _centred(blocks)
+    scale = torch.tensor(
+        [_SPREAD / (_CODE_SPREAD[4] if kind == GGMLType.Q4_0 else 18.5 * 74)], dtype=torch.float16
+    ).view(torch.uint8)
     where = slice(0, 2) if kind == GGMLType.Q4_0 else slice(kind.block_bytes - 2, None)
     blocks[:, where] = scale
     return blocks.view(-1)
+
+
+def _random_bytes(count: int, generator: torch.Generator) -> Tensor:
+    lowest = -(1 << 63)
+    words = torch.empty(-(-count // 8), dtype=torch.int64).random_(lowest, None, generator=generator)
+    return words.view(torch.uint8)[:count]
+
+
+def _centred(nibbles: Tensor) -> Tensor:
+    """Take -8 out of 4-bit codes: with it their mean is below zero, all outputs share a direction and all tokens an expert."""
+    nibbles |= ((nibbles & 0x0F) == 0).to(torch.uint8).mul_(0x08)
+    nibbles |= ((nibbles & 0xF0) == 0).to(torch.uint8).mul_(0x80)
+    return nibbles

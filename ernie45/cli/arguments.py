@@ -166,6 +166,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scheme", default="wint4", choices=("wint8", "wint4", "wint4-all"), help="packing of --shape (default wint4)"
     )
+    parser.add_argument("--group-size", type=int, metavar="N", help="columns that share a scale, see `ernie quantize`")
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="keep the random weights here, and use them again the next time"
     )
@@ -176,6 +177,13 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=_numbers, default=[512], metavar="N,N", help="prompt lengths, default 512")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements per figure (default 3)")
     parser.add_argument("--peer", choices=("llama.cpp", "transformers"), help="measure this program as well")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        metavar="DIR",
+        help="folder with llama-bench of a build of your own (default: xllamacpp)",
+    )
+    parser.add_argument("--peer-file", type=Path, metavar="FILE", help="keep llama.cpp's random weights here (GGUF)")
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype to compute in (auto: the file's)")
     _kernels(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="save a picture, .png or .svg")

@@ -48,7 +48,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _write(folder: Path, options: argparse.Namespace) -> None:
     with ProgressBar() as bar:
-        scheme = make_scheme(options.scheme)
+        scheme = make_scheme(options.scheme, options.group_size)
         write_packed(ernie45.preset(options.shape), scheme, folder, progress=bar.stage("random weights"))
 
 
@@ -72,7 +72,8 @@ def _bench(path: Path, options: argparse.Namespace) -> int:
     rivals: list[Figure] = []
     if options.peer is not None:
         note(f"measuring {options.peer}")
-        rivals = peers.measure(options.peer, path, options.contexts, options.batches, options.prompts)
+        llama_cpp = peers.LlamaCpp(tools=options.llama_cpp, file=options.peer_file)
+        rivals = peers.measure(options.peer, path, options.contexts, options.batches, options.prompts, llama_cpp)
     about = facts() | {
         "model": options.shape or path.name,
         "weights": f"seeded random, {options.scheme}" if options.shape else "as in the checkpoint",

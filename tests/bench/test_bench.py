@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 
 import ernie45
 from ernie45.bench.measure import Figure, measure, peak_memory_bytes, step_bytes
+from ernie45.bench.peers import LlamaCpp
+from ernie45.bench.peers import measure as peers_measure
 from ernie45.bench.random_weights import write_gguf, write_packed
 from ernie45.bench.report import save_plot, table
 from ernie45.checkpoint.index import open_folder
 from ernie45.checkpoint.source import open_source
 from ernie45.cli.main import main
+from ernie45.errors import NotFoundError, UsageError
 from ernie45.quant.scheme import make_scheme
 
 DENSE = ernie45.ModelConfig(
@@ -47,6 +51,9 @@ def test_random_packed_checkpoints_load_and_spread(tmp_path: Path, config: Any, 
         value = source.read(stored)
         if value.ndim > 1:
             assert 0.015 < float(value.std()) < 0.025, stored.name
+            assert abs(float(value.mean())) < 0.001, (
+                f"{stored.name}: with a common direction all tokens choose one expert"
+            )
     with torch.inference_mode():
         assert torch.isfinite(ernie45.load_model(tmp_path / "a")(torch.arange(9)[None])).all()
 
@@ -189,3 +196,38 @@ def test_a_plot_that_cannot_be_saved_is_refused_before_measuring(
 def test_bad_arguments(arguments: list[str], code: int, message: str, capsys: Any) -> None:
     assert main(["bench", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+TOOL = """#!{python}
+import json, sys
+arguments = dict(zip(sys.argv[1::1], sys.argv[2::1]))
+speed = 10 + 5 * int(arguments["-fa"] in ("1", "on")) + 2 * ("--no-repack" in sys.argv or arguments.get("--repack") == "0")
+if sys.argv[0].endswith("batched-bench"):
+    print("a line of text")
+    for batch in arguments["-npl"].split(","):
+        print(json.dumps({{"pl": int(batch), "speed_tg": speed * int(batch)}}))
+elif arguments["-p"] == "0":
+    print(json.dumps([{{"n_prompt": 0, "samples_ts": [speed, speed + 1, speed - 1]}}]))
+else:
+    prompts = [int(prompt) for prompt in arguments["-p"].split(",")]
+    print(json.dumps([{{"n_prompt": prompt, "samples_ts": [speed * prompt]}} for prompt in prompts]))
+"""
+
+
+def test_the_best_of_llama_cpps_settings_counts(tmp_path: Path) -> None:
+    """Stand-ins for its tools that are fastest with flash attention and without repacking."""
+    for name in ("llama-bench", "llama-batched-bench"):
+        (tmp_path / name).write_text(TOOL.format(python=sys.executable))
+        (tmp_path / name).chmod(0o755)
+    write_packed(replace(DENSE, hidden_size=256), make_scheme("wint4"), tmp_path / "model")
+    where = LlamaCpp(tools=tmp_path, file=tmp_path / "peer.gguf")
+    figures = peers_measure("llama.cpp", tmp_path / "model", (0, 64), (1, 8), (16,), where)
+    found = {(f.what, f.context, f.batch): f.tokens_per_s for f in figures}
+    assert found == {("decode", 0, 1): 17, ("decode", 64, 1): 17, ("prefill", 16, 1): 17 * 16, ("decode", 0, 8): 17 * 8}
+    assert where.file is not None
+    assert where.file.exists(), "the weights are kept"
+    (tmp_path / "llama-bench").write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such model')\n")
+    with pytest.raises(UsageError, match="status 1: no such model"):
+        peers_measure("llama.cpp", tmp_path / "model", (0,), (1,), (), where)
+    with pytest.raises(NotFoundError, match="there is no .*build llama.cpp"):
+        peers_measure("llama.cpp", tmp_path / "model", (0,), (1,), (), LlamaCpp(tools=tmp_path / "x"))
