@@ -131,8 +131,8 @@ def _grouped(weights_NK: Tensor, format: PackedFormat, importance_K: Tensor | No
 def _plain_scales(groups_NSC: Tensor, format: PackedFormat) -> Tensor:
     if format.has_minima:
         smallest, largest = groups_NSC.aminmax(dim=-1)
-        return _as_f16(torch.stack(((largest - smallest) / (format.largest - format.smallest), smallest), dim=-1))
-    return _as_f16(groups_NSC.abs().amax(-1) / format.largest)
+        return as_f16(torch.stack(((largest - smallest) / (format.largest - format.smallest), smallest), dim=-1))
+    return as_f16(groups_NSC.abs().amax(-1) / format.largest)
 
 
 def _round_groups(groups_NSC: Tensor, importance_SC: Tensor, format: PackedFormat) -> tuple[Tensor, Tensor]:
@@ -166,19 +166,19 @@ def _candidates(groups_NSC: Tensor, format: PackedFormat) -> Iterator[Tensor]:
         for span in _SPANS:
             # Shrunk from both ends, and from each alone: a skewed group has its outlier on one side.
             for low, high in ((span, span), (span, 1.0), (1.0, span)):
-                yield _as_f16(torch.stack(((largest * high - smallest * low) / steps, smallest * low), dim=-1))
+                yield as_f16(torch.stack(((largest * high - smallest * low) / steps, smallest * low), dim=-1))
         return
     where_NS1 = groups_NSC.abs().argmax(-1, keepdim=True)
     extreme_NS = groups_NSC.gather(-1, where_NS1)[..., 0]
     for steps_to_extreme in _EXTREMES_4 if format.bits == 4 else _EXTREMES_8:
-        yield _as_f16(extreme_NS / steps_to_extreme)
+        yield as_f16(extreme_NS / steps_to_extreme)
 
 
 def _fit_scale(groups_NSC: Tensor, values: Tensor, scales_NS: Tensor, importance_SC: Tensor) -> Tensor:
     """The least-squares scale of given values."""
     weighted = values * importance_SC
     power = (weighted * values).sum(-1)
-    return _as_f16(torch.where(power > 0, (weighted * groups_NSC).sum(-1) / power, scales_NS))
+    return as_f16(torch.where(power > 0, (weighted * groups_NSC).sum(-1) / power, scales_NS))
 
 
 def _fit_line(groups_NSC: Tensor, values: Tensor, scales_NS2: Tensor, importance_SC: Tensor) -> Tensor:
@@ -190,8 +190,8 @@ def _fit_line(groups_NSC: Tensor, values: Tensor, scales_NS2: Tensor, importance
     power = (centred * codes).sum(-1)
     scale = torch.where(power > 0, (centred * groups_NSC).sum(-1) / power, scales_NS2[..., 0])
     # float16 rounds the scale; the minimum is fitted to what is left.
-    scale = _as_f16(scale)
-    return _as_f16(torch.stack((scale, mean_weight - scale * mean_code), dim=-1))
+    scale = as_f16(scale)
+    return as_f16(torch.stack((scale, mean_weight - scale * mean_code), dim=-1))
 
 
 def _weighted_error(
@@ -201,6 +201,6 @@ def _weighted_error(
     return difference.square_().mul_(importance_SC).sum(-1)
 
 
-def _as_f16(scales: Tensor) -> Tensor:
+def as_f16(scales: Tensor) -> Tensor:
     """The values that float16 will hold, kept in float32."""
     return scales.clamp(-_F16_MAX, _F16_MAX).half().float()
