@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ernie45.errors import CapacityError
 from ernie45.kernels.packed import GROUP, PackedFormat
-from ernie45.quant.rounding import Quantized, as_f16, measured, quantize
+from ernie45.quant.rounding import Quantized, as_f16, find_scales, measured
 
 _BLOCK = GROUP  # columns whose corrections reach the rest of the matrix in one product
 _STRIP = 16  # columns of a block whose corrections reach the rest of the block in one product
@@ -50,7 +50,7 @@ def gptq(
     order = hessian_KK.diagonal().argsort(descending=True, stable=True)
     mixing_KK, cost_K = factor(hessian_KK[order][:, order])
     importance_K = torch.empty_like(cost_K).index_copy_(0, order, cost_K)
-    grid = _Grid.of(quantize(goal_KN.T, format, importance_K).scales, format, len(goal_KN))
+    grid = _Grid.of(find_scales(goal_KN.T, format, importance_K), format, len(goal_KN))
     codes_KN = torch.empty_like(goal_KN)
     codes_KN[order] = _round_in_order(goal_KN[order], mixing_KK, grid, (order // grid.per_scale).tolist())
     _refine(codes_KN, goal_KN, damped(hessian_KK), grid, sweeps)
