@@ -18,12 +18,12 @@ from ernie45.checkpoint.source import GgufSource, SafetensorsSource, open_source
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES
 from ernie45.config.reader import config_to_json
 from ernie45.errors import CheckpointError, UsageError
-from ernie45.kernels.packed import interleave_gate_up, pack
+from ernie45.kernels.packed import PackedFormat, interleave_gate_up, pack
 from ernie45.quant.calibration import Calibration, Inputs, calibrate
 from ernie45.quant.folder import PackedStatement
 from ernie45.quant.gptq import gptq, shifted_target
 from ernie45.quant.plan import PackedParameter, PackingPlan, packing_plan
-from ernie45.quant.rounding import quantize
+from ernie45.quant.rounding import Quantized, quantize
 from ernie45.quant.scheme import Scheme, make_scheme
 from ernie45.quant.smoothing import smooth
 from ernie45.quant.weights import Weights
@@ -178,8 +178,7 @@ class _Packer:
                 seen = next(inputs)
                 tokens.append(seen.tokens)
                 on_layer += seen.of_layer
-                target = weights if seen.shift_KK is None else shifted_target(weights, seen.moments_KK, seen.shift_KK)
-                result = gptq(weights, seen.moments_KK, parameter.format, target_NK=target)
+                result = _round_for(weights, seen, parameter.format)
             values, scales = result.values_NK, result.scales
             if parameter.interleaved:
                 values, scales = interleave_gate_up(values), interleave_gate_up(scales)
@@ -198,6 +197,13 @@ class _Packer:
         if tokens:
             facts |= {"least_tokens": min(tokens), "experts_on_layer_statistics": on_layer}
         self._work.finish(parameter.name, [weights_name, scales_name], {"facts": facts})
+
+
+def _round_for(weights_NK: Tensor, inputs: Inputs, format: PackedFormat) -> Quantized:
+    if inputs.shift_KK is None:
+        return gptq(weights_NK, inputs.moments_KK, format)
+    target_NK = shifted_target(weights_NK, inputs.moments_KK, inputs.shift_KK, inputs.tokens)
+    return gptq(weights_NK, inputs.moments_KK, format, target_NK=target_NK)
 
 
 def _read(

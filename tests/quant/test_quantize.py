@@ -449,7 +449,7 @@ class _Gptq:
         for matrix, seen in zip(matrices, inputs, strict=True):
             target = matrix
             if seen.shift_KK is not None:
-                target = shifted_target(matrix, seen.moments_KK, seen.shift_KK)
+                target = shifted_target(matrix, seen.moments_KK, seen.shift_KK, seen.tokens)
             result = gptq(matrix, seen.moments_KK, format, target_NK=target)
             found.append(restore(result.values_NK, result.scales, format))
         self.matrices[name] = torch.stack(found).view(weights.shape)
