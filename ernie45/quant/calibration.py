@@ -59,7 +59,7 @@ class Inputs:
     moments_KK: Tensor
     """Sum of x x^T, x the inputs in the rounded network."""
     shift_KK: Tensor | None
-    """Sum of (x' - x) x^T, x' the inputs in the network as it was; None for routed experts, which see too few tokens."""
+    """Sum of (x' - x) x^T, x' the inputs in the network as it was; None for routed experts: too few tokens to fit it."""
     tokens: int
     of_layer: bool = False
     """Too few tokens: the moments are those of all experts of the layer."""
@@ -86,9 +86,8 @@ def calibrate(weights: Weights, calibration: Calibration, rounder: Rounder, num_
     rotation_TJ = rotation_TJ.repeat(2 * num_chunks, 1)
     hidden_TH = _embed(weights, calibration.chunks_CT).flatten(0, 1).repeat(2, 1)
     for idx in range(num_layers):
-        layer = _load_layer(weights, idx)
-        _swap_leaves(layer, f"model.layers.{idx}", rounder)
-        hidden_TH = layer(hidden_TH, rotation_TJ, view)
+        # No name for the layer: the next one is loaded when it is gone.
+        hidden_TH = _rounding_layer(weights, idx, rounder)(hidden_TH, rotation_TJ, view)
 
 
 @torch.no_grad()
@@ -139,8 +138,9 @@ def _norm_hook(squares_K: Tensor) -> Any:
     return hook
 
 
-def _swap_leaves(layer: DecoderLayer, path: str, rounder: Rounder) -> None:
-    """Put leaves in place that take both copies of the text, first the one of the network as it was."""
+def _rounding_layer(weights: Weights, idx: int, rounder: Rounder) -> DecoderLayer:
+    """A layer whose leaves take both copies of the text, first the one of the network as it was."""
+    layer, path = _load_layer(weights, idx), f"model.layers.{idx}"
     leaves: dict[str, nn.Module] = {"self_attn.core": _CoreByChunk(layer.self_attn.core)}
     for name, module in layer.named_modules():
         if name in ("self_attn.qkv_proj", "self_attn.o_proj") and isinstance(module, nn.Linear):
@@ -151,6 +151,7 @@ def _swap_leaves(layer: DecoderLayer, path: str, rounder: Rounder) -> None:
             leaves[name] = _RoundedExperts(module, f"{path}.{name}", rounder)
     for name, leaf in leaves.items():
         layer.set_submodule(name, leaf)
+    return layer
 
 
 class _CoreByChunk(nn.Module):

@@ -2,14 +2,13 @@
 
 With H the second moment of the inputs and E the rounding errors, the squared change of the outputs is tr(E H E^T).
 1. Write H = M D M^T, M unit upper triangular, D diagonal. The change is then the sum over columns k of
-   D_k (e_k + sum of e_j M_jk over the columns j before it)^2: each column is rounded with the correction that the errors
-   so far ask for, and its own error costs D_k. This is GPTQ (inference reference 1.6; Frantar et al., 2022) in the form of
-   Chee et al., 2023 (QuIP): no inverse of H, and a better conditioned one.
-   Columns are taken in descending order of H's diagonal, so that the late ones, which nothing makes up for, are the least. Scales
-   are chosen before, on the weights as they are, each column's error weighted with D_k.
+   D_k (e_k + sum of e_j M_jk over the columns j before it)^2: each column makes up for the errors before it, and an error
+   of its own costs D_k. This is GPTQ (inference reference 1.6; Frantar et al., 2022) in the form of Chee et al., 2023
+   (QuIP), which needs no inverse of H. Scales are chosen before, for errors weighted with D. Columns with large inputs come
+   first, as most columns are left then to make up for them.
 2. Sweeps go through the columns again, with all others in place, and give each the value that is best by the gradient
-   H E^T. Before the columns of a scale their scale is refitted by least squares, where they are few. No step increases the
-   change, but for the rounding of scales to float16.
+   H E^T; before that, a group of up to 64 columns gets the scale (and minimum) that is best for its values. No step
+   increases the change, but for the rounding of scales to float16.
 
 Shape letters: N rows (outputs), K columns (inputs), S scale sets, B columns of a block. Everything is transposed inside, so
 that a column is one run of memory.
