@@ -23,8 +23,8 @@ from ernie45.checkpoint.safetensors import TensorEntry, map_tensor, read_tensor
 from ernie45.checkpoint.source import LoadAccount, Source
 from ernie45.config.reader import load_config_json, parse_config
 from ernie45.errors import CheckpointError
-from ernie45.kernels.packed import PackedMatrix, dequantize
-from ernie45.quant.plan import SCALES, WEIGHTS, PackedParameter, deinterleave_gate_up, packing_plan
+from ernie45.kernels.packed import PackedMatrix
+from ernie45.quant.plan import SCALES, WEIGHTS, PackedParameter, packing_plan
 from ernie45.quant.scheme import Scheme, scheme_from_json
 
 QUANT_METHOD, FORMAT_VERSION = "ernie45", 1
@@ -96,16 +96,7 @@ class PackedSource(Source):
             map_tensor(self.index.entries[f"{parameter.name}.{part}"]).view(parameter.num_matrices, -1)
             for part in (WEIGHTS, SCALES)
         )
-        return tuple(
-            PackedMatrix(
-                weights=weights[i],
-                scales=scales[i],
-                rows=parameter.packed_rows,
-                columns=parameter.columns,
-                format=parameter.format,
-            )
-            for i in range(parameter.num_matrices)
-        )
+        return tuple(parameter.matrix(weights[i], scales[i]) for i in range(parameter.num_matrices))
 
     def read(self, stored: Stored, rows: tuple[int, int] | None = None) -> Tensor:
         parameter = self._packed.get(stored.name)
@@ -114,12 +105,12 @@ class PackedSource(Source):
             return tensor if rows is None else tensor[rows[0] : rows[1]]
         matrices = self.matrices(parameter)
         if parameter.experts is None:
-            whole = _unpacked(matrices[0], parameter)
+            whole = parameter.dequantized(matrices[0])
             return whole if rows is None else whole[rows[0] : rows[1]]
         first, end = rows or (0, parameter.experts)
         out = torch.empty(end - first, parameter.rows, parameter.columns)
         for i, matrix in enumerate(matrices[first:end]):
-            out[i] = _unpacked(matrix, parameter)
+            out[i] = parameter.dequantized(matrix)
         return out
 
     def stored_dtype(self, stored: Stored) -> torch.dtype:
@@ -156,9 +147,3 @@ class PackedSource(Source):
                 f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} {list(shape)}"
             )
         return entry
-
-
-def _unpacked(matrix: PackedMatrix, parameter: PackedParameter) -> Tensor:
-    """One matrix in float32 with the network's order of rows."""
-    weights = dequantize(matrix)
-    return deinterleave_gate_up(weights, parameter.rows) if parameter.interleaved else weights

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ernie45.config.model import ModelConfig
-from ernie45.kernels.packed import GROUP, ROWS, PackedFormat
+from ernie45.kernels.packed import GROUP, ROWS, PackedFormat, PackedMatrix, dequantize
 from ernie45.models.build import build_model
 from ernie45.quant.scheme import Scheme
 
@@ -65,6 +65,17 @@ class PackedParameter:
             (f"{self.name}.{WEIGHTS}", torch.uint8, weights),
             (f"{self.name}.{SCALES}", torch.float16, scales),
         ]
+
+    def matrix(self, weights: torch.Tensor, scales: torch.Tensor) -> PackedMatrix:
+        """One of its matrices, from its part of the two tensors."""
+        return PackedMatrix(
+            weights=weights, scales=scales, rows=self.packed_rows, columns=self.columns, format=self.format
+        )
+
+    def dequantized(self, matrix: PackedMatrix) -> torch.Tensor:
+        """One of its matrices in float32 with the network's order of rows."""
+        weights = dequantize(matrix)
+        return deinterleave_gate_up(weights, self.rows) if self.interleaved else weights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from ernie45.checkpoint.source import GgufSource, SafetensorsSource, open_source
 from ernie45.checkpoint.write import DEFAULT_SHARD_BYTES
 from ernie45.config.reader import config_to_json
 from ernie45.errors import CheckpointError, UsageError
-from ernie45.kernels.packed import interleave_gate_up, pack
-from ernie45.quant.calibration import Calibration, Calibrator
+from ernie45.kernels.packed import PackedFormat, interleave_gate_up, pack
+from ernie45.quant.calibration import Calibration, Inputs, calibrate
 from ernie45.quant.folder import PackedStatement
-from ernie45.quant.gptq import gptq
+from ernie45.quant.gptq import gptq, shifted_target
 from ernie45.quant.plan import PackedParameter, PackingPlan, packing_plan
-from ernie45.quant.rounding import quantize
+from ernie45.quant.rounding import Quantized, quantize
 from ernie45.quant.scheme import Scheme, make_scheme
 from ernie45.quant.smoothing import smooth
 from ernie45.quant.weights import Weights
@@ -30,6 +31,7 @@ from ernie45.quant.work import Plan, WorkFolder
 
 REPORT_NAME = "quantization.json"
 _BATCH_BYTES = 32 << 20
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +92,7 @@ def quantize_checkpoint(
     with WorkFolder(Path(dst), shards, identity, resume=resume, overwrite=overwrite) as work:
         if not work.published:
             weights: Weights = source if calibration is None else smooth(source, calibration)
-            calibrator = None if calibration is None else Calibrator(weights, calibration)
-            tensors = _fill(work, weights, plan, calibrator, progress)
+            tensors = _fill(work, weights, plan, calibration, progress)
             work.publish(_small_files(source, statement, tensors) | dict(extra_files or {}))
     return _report(source, Path(dst), chosen, plan, shards)
 
@@ -100,7 +101,7 @@ def _fill(
     work: WorkFolder,
     source: Weights,
     plan: PackingPlan,
-    calibrator: Calibrator | None,
+    calibration: Calibration | None,
     progress: Progress | None,
 ) -> dict[str, dict[str, Any]]:
     """Write every tensor that is not there yet; returns the facts of the packed ones."""
@@ -124,46 +125,85 @@ def _fill(
                 )
             work.finish(key, list(batch), {})
             report(sizes[key])
+    packer = _Packer(work, source, plan, report)
+    if calibration is not None:
+        calibrate(source, calibration, packer, packer.unfinished_layers())
     for parameter in plan.packed:
         if parameter.name not in work.done:
-            _pack_parameter(work, source, parameter, calibrator, report)
+            packer.pack(parameter, None)
     return {parameter.name: work.done[parameter.name]["facts"] for parameter in plan.packed}
 
 
-def _pack_parameter(
-    work: WorkFolder,
-    source: Weights,
-    parameter: PackedParameter,
-    calibrator: Calibrator | None,
-    report: Callable[[int], None],
-) -> None:
-    (weights_name, _, _), (scales_name, _, _) = parameter.tensors()
-    squared_error, squared_norm = 0.0, 0.0
-    coverage = {} if calibrator is None else calibrator.coverage(parameter)
-    for i in range(parameter.num_matrices):
-        shape = (parameter.rows, parameter.columns)
-        expert = None if parameter.experts is None else i
-        weights = _read(work, source, parameter.name, expert, shape=shape, dtype=torch.float32)
-        hessian = None if calibrator is None else calibrator.hessian(parameter, i)
-        format = parameter.format
-        result = quantize(weights, format) if hessian is None else gptq(weights, hessian, format)
-        values, scales = result.values_NK, result.scales
-        if parameter.interleaved:
-            values, scales = interleave_gate_up(values), interleave_gate_up(scales)
-        matrix = pack(values, scales, format)
-        work.write(weights_name, matrix.weights, i * matrix.weights.nbytes)
-        work.write(scales_name, matrix.scales, i * matrix.scales.nbytes)
-        squared_error, squared_norm = squared_error + result.squared_error, squared_norm + result.squared_norm
-        report(matrix.size_bytes)
-    facts = {
-        "bits": parameter.format.bits,
-        "group": parameter.format.group,
-        "activation_bits": parameter.format.activation_bits,
-        "method": "gptq" if coverage else "search",
-        "relative_error": (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
-        **coverage,
-    }
-    work.finish(parameter.name, [weights_name, scales_name], {"facts": facts})
+class _Packer:
+    """Rounds, packs and writes matrices, and reads finished ones back."""
+
+    def __init__(self, work: WorkFolder, source: Weights, plan: PackingPlan, report: Callable[[int], None]) -> None:
+        self._work, self._source, self._report = work, source, report
+        self._parameters = {parameter.name: parameter for parameter in plan.packed}
+
+    def unfinished_layers(self) -> int:
+        """Decoder layers up to the last one that has anything left to do."""
+        layers = [_LAYER.match(name) for name in self._parameters.keys() - self._work.done.keys()]
+        return max((int(match[1]) + 1 for match in layers if match), default=0)
+
+    def rounded(self, name: str, inputs: Iterator[Inputs]) -> Iterator[Tensor] | None:
+        """See `calibration.Rounder`."""
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            return None
+        if name not in self._work.done:
+            self.pack(parameter, inputs)
+        return self._finished(parameter)
+
+    def _finished(self, parameter: PackedParameter) -> Iterator[Tensor]:
+        weights, scales = (
+            self._work.read(tensor).view(parameter.num_matrices, -1) for tensor, _, _ in parameter.tensors()
+        )
+        for i in range(parameter.num_matrices):
+            yield parameter.dequantized(parameter.matrix(weights[i], scales[i]))
+
+    def pack(self, parameter: PackedParameter, inputs: Iterator[Inputs] | None) -> None:
+        """Round and write a parameter. Args: inputs: of each of its matrices; None: round by weights alone."""
+        (weights_name, _, _), (scales_name, _, _) = parameter.tensors()
+        squared_error, squared_norm = 0.0, 0.0
+        tokens: list[int] = []
+        on_layer = 0
+        for i in range(parameter.num_matrices):
+            shape = (parameter.rows, parameter.columns)
+            expert = None if parameter.experts is None else i
+            weights = _read(self._work, self._source, parameter.name, expert, shape=shape, dtype=torch.float32)
+            if inputs is None:
+                result = quantize(weights, parameter.format)
+            else:
+                seen = next(inputs)
+                tokens.append(seen.tokens)
+                on_layer += seen.of_layer
+                result = _round_for(weights, seen, parameter.format)
+            values, scales = result.values_NK, result.scales
+            if parameter.interleaved:
+                values, scales = interleave_gate_up(values), interleave_gate_up(scales)
+            matrix = pack(values, scales, parameter.format)
+            self._work.write(weights_name, matrix.weights, i * matrix.weights.nbytes)
+            self._work.write(scales_name, matrix.scales, i * matrix.scales.nbytes)
+            squared_error, squared_norm = squared_error + result.squared_error, squared_norm + result.squared_norm
+            self._report(matrix.size_bytes)
+        facts = {
+            "bits": parameter.format.bits,
+            "group": parameter.format.group,
+            "activation_bits": parameter.format.activation_bits,
+            "method": "gptq" if tokens else "search",
+            "relative_error": (squared_error / squared_norm) ** 0.5 if squared_norm else 0.0,
+        }
+        if tokens:
+            facts |= {"least_tokens": min(tokens), "experts_on_layer_statistics": on_layer}
+        self._work.finish(parameter.name, [weights_name, scales_name], {"facts": facts})
+
+
+def _round_for(weights_NK: Tensor, inputs: Inputs, format: PackedFormat) -> Quantized:
+    if inputs.shift_KK is None:
+        return gptq(weights_NK, inputs.moments_KK, format)
+    target_NK = shifted_target(weights_NK, inputs.moments_KK, inputs.shift_KK, inputs.tokens)
+    return gptq(weights_NK, inputs.moments_KK, format, target_NK=target_NK)
 
 
 def _read(

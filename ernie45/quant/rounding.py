@@ -55,18 +55,25 @@ def quantize(weights_NK: Tensor, format: PackedFormat, importance_K: Tensor | No
     Args: weights_NK: float32. importance_K: weight of each column in the error that the scales minimise, float32, not
         negative, such as the mean square of its input; None: all equal.
     """
+    chunks = list(_round_chunks(weights_NK, format, importance_K))
+    num_columns = weights_NK.shape[1]
+    values_NK = torch.cat([values.to(torch.int8).flatten(1) for values, _ in chunks])[:, :num_columns].contiguous()
+    return measured(weights_NK, values_NK, torch.cat([scales for _, scales in chunks]).half(), format)
+
+
+def find_scales(weights_NK: Tensor, format: PackedFormat, importance_K: Tensor) -> Tensor:
+    """The scales that `quantize` finds, float32 of shape `format.scale_shape`."""
+    return torch.cat([scales for _, scales in _round_chunks(weights_NK, format, importance_K)])
+
+
+def _round_chunks(
+    weights_NK: Tensor, format: PackedFormat, importance_K: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Values and scales of one chunk of rows after the other."""
     groups_NSC, importance_SC = _grouped(weights_NK, format, importance_K)
-    step = max(1, _CHUNK_VALUES // max(groups_NSC[0].numel() if len(groups_NSC) else 1, 1))
-    chunks = [_round_groups(chunk, importance_SC, format) for chunk in groups_NSC.split(step)]
-    num_rows, num_columns = weights_NK.shape
-    values = torch.cat([values for values, _ in chunks]) if chunks else groups_NSC
-    scales = (
-        torch.cat([scales for _, scales in chunks])
-        if chunks
-        else groups_NSC.new_empty(format.scale_shape(0, num_columns))
-    )
-    values_NK = values.to(torch.int8).flatten(1)[:num_rows, :num_columns].contiguous()
-    return measured(weights_NK, values_NK, scales.half(), format)
+    step = max(1, _CHUNK_VALUES // max(groups_NSC.shape[1] * groups_NSC.shape[2], 1))
+    for chunk in groups_NSC.split(step):
+        yield _round_groups(chunk, importance_SC, format)
 
 
 def quantize_absmax(weights_NK: Tensor, format: PackedFormat) -> Quantized:
@@ -75,12 +82,6 @@ def quantize_absmax(weights_NK: Tensor, format: PackedFormat) -> Quantized:
     scales = _plain_scales(groups_NSC, format)
     values = round_to(groups_NSC, scales, format).to(torch.int8)
     return measured(weights_NK, values.flatten(1)[:, : weights_NK.shape[1]].contiguous(), scales.half(), format)
-
-
-def find_scales(groups_NC: Tensor, format: PackedFormat, importance_C: Tensor) -> Tensor:
-    """Scales of one group of columns, float32 (N,) or (N, 2) that float16 holds exactly."""
-    _, scales = _round_groups(groups_NC[:, None], importance_C[None], format)
-    return scales[:, 0]
 
 
 def round_to(weights: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:
@@ -92,7 +93,8 @@ def round_to(weights: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:
     inverse = torch.where(scale == 0, 0.0, 1.0 / scale)
     if minimum is None:
         return (weights * inverse).round_().clamp_(format.smallest, format.largest)
-    return ((weights - minimum) * inverse).round_().clamp_(0, format.largest - format.smallest).add_(format.smallest)
+    steps = (weights - minimum).mul_(inverse).round_().clamp_(0, format.largest - format.smallest)
+    return steps.add_(format.smallest)
 
 
 def value_of(values: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:
@@ -131,31 +133,28 @@ def _grouped(weights_NK: Tensor, format: PackedFormat, importance_K: Tensor | No
 def _plain_scales(groups_NSC: Tensor, format: PackedFormat) -> Tensor:
     if format.has_minima:
         smallest, largest = groups_NSC.aminmax(dim=-1)
-        return _as_f16(torch.stack(((largest - smallest) / (format.largest - format.smallest), smallest), dim=-1))
-    return _as_f16(groups_NSC.abs().amax(-1) / format.largest)
+        return as_f16(torch.stack(((largest - smallest) / (format.largest - format.smallest), smallest), dim=-1))
+    return as_f16(groups_NSC.abs().amax(-1) / format.largest)
 
 
 def _round_groups(groups_NSC: Tensor, importance_SC: Tensor, format: PackedFormat) -> tuple[Tensor, Tensor]:
     """Values (N, S, C) and scales, both float32, of the best candidate of every group."""
     best_scales = _plain_scales(groups_NSC, format)
-    best_values = round_to(groups_NSC, best_scales, format)
-    best_error = _weighted_error(groups_NSC, best_values, best_scales, importance_SC, format)
+    best_error = _weighted_error(groups_NSC, best_scales, importance_SC, format)
 
     def consider(scales: Tensor) -> None:
-        nonlocal best_scales, best_values, best_error
-        values = round_to(groups_NSC, scales, format)
-        error = _weighted_error(groups_NSC, values, scales, importance_SC, format)
+        nonlocal best_scales, best_error
+        error = _weighted_error(groups_NSC, scales, importance_SC, format)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scales = torch.where(better[..., None] if format.has_minima else better, scales, best_scales)
-        best_values = torch.where(better[..., None], values, best_values)
 
     for scales in _candidates(groups_NSC, format):
         consider(scales)
     for _ in range(_REFINEMENTS):
         fit = _fit_line if format.has_minima else _fit_scale
-        consider(fit(groups_NSC, best_values, best_scales, importance_SC))
-    return best_values, best_scales
+        consider(fit(groups_NSC, round_to(groups_NSC, best_scales, format), best_scales, importance_SC))
+    return round_to(groups_NSC, best_scales, format), best_scales
 
 
 def _candidates(groups_NSC: Tensor, format: PackedFormat) -> Iterator[Tensor]:
@@ -166,19 +165,19 @@ def _candidates(groups_NSC: Tensor, format: PackedFormat) -> Iterator[Tensor]:
         for span in _SPANS:
             # Shrunk from both ends, and from each alone: a skewed group has its outlier on one side.
             for low, high in ((span, span), (span, 1.0), (1.0, span)):
-                yield _as_f16(torch.stack(((largest * high - smallest * low) / steps, smallest * low), dim=-1))
+                yield as_f16(torch.stack(((largest * high - smallest * low) / steps, smallest * low), dim=-1))
         return
     where_NS1 = groups_NSC.abs().argmax(-1, keepdim=True)
     extreme_NS = groups_NSC.gather(-1, where_NS1)[..., 0]
     for steps_to_extreme in _EXTREMES_4 if format.bits == 4 else _EXTREMES_8:
-        yield _as_f16(extreme_NS / steps_to_extreme)
+        yield as_f16(extreme_NS / steps_to_extreme)
 
 
 def _fit_scale(groups_NSC: Tensor, values: Tensor, scales_NS: Tensor, importance_SC: Tensor) -> Tensor:
     """The least-squares scale of given values."""
     weighted = values * importance_SC
     power = (weighted * values).sum(-1)
-    return _as_f16(torch.where(power > 0, (weighted * groups_NSC).sum(-1) / power, scales_NS))
+    return as_f16(torch.where(power > 0, (weighted * groups_NSC).sum(-1) / power, scales_NS))
 
 
 def _fit_line(groups_NSC: Tensor, values: Tensor, scales_NS2: Tensor, importance_SC: Tensor) -> Tensor:
@@ -190,17 +189,22 @@ def _fit_line(groups_NSC: Tensor, values: Tensor, scales_NS2: Tensor, importance
     power = (centred * codes).sum(-1)
     scale = torch.where(power > 0, (centred * groups_NSC).sum(-1) / power, scales_NS2[..., 0])
     # float16 rounds the scale; the minimum is fitted to what is left.
-    scale = _as_f16(scale)
-    return _as_f16(torch.stack((scale, mean_weight - scale * mean_code), dim=-1))
+    scale = as_f16(scale)
+    return as_f16(torch.stack((scale, mean_weight - scale * mean_code), dim=-1))
 
 
-def _weighted_error(
-    groups_NSC: Tensor, values: Tensor, scales: Tensor, importance_SC: Tensor, format: PackedFormat
-) -> Tensor:
-    difference = groups_NSC - value_of(values, scales, format)
-    return difference.square_().mul_(importance_SC).sum(-1)
+def _weighted_error(groups_NSC: Tensor, scales: Tensor, importance_SC: Tensor, format: PackedFormat) -> Tensor:
+    """(N, S). Many candidates come through here: everything happens in one temporary, which stays in cache."""
+    errors = round_to(groups_NSC, scales, format)
+    scale, minimum = _parts(scales, format)
+    if minimum is None:
+        errors.mul_(scale)
+    else:
+        errors.sub_(format.smallest).mul_(scale).add_(minimum)
+    errors.sub_(groups_NSC).square_()
+    return torch.einsum("nsc,sc->ns", errors, importance_SC)
 
 
-def _as_f16(scales: Tensor) -> Tensor:
+def as_f16(scales: Tensor) -> Tensor:
     """The values that float16 will hold, kept in float32."""
     return scales.clamp(-_F16_MAX, _F16_MAX).half().float()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ernie45.checkpoint.layout import Box
-from ernie45.quant.calibration import Calibration, Calibrator
+from ernie45.quant.calibration import Calibration, norm_outputs
 from ernie45.quant.weights import Weights
 
 _EXPONENT = 0.5
@@ -59,7 +59,7 @@ class SmoothedWeights:
 
 def smooth(weights: Weights, calibration: Calibration) -> SmoothedWeights:
     """Choose the factors of every decoder layer on a text."""
-    squares = Calibrator(weights, calibration).norm_outputs()
+    squares = norm_outputs(weights, calibration)
     return SmoothedWeights(weights, {name: _factors(squares_K) for name, squares_K in squares.items()})
 
 

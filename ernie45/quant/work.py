@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ernie45.checkpoint.atomic import check_folder_target, publish_folder, require_room
 from ernie45.checkpoint.index import INDEX_NAME, shard_names
-from ernie45.checkpoint.safetensors import TensorEntry, file_layout, tensor_bytes
+from ernie45.checkpoint.safetensors import TensorEntry, file_layout, read_tensor, tensor_bytes
 from ernie45.errors import CapacityError, CheckpointError
 
 Plan = Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
@@ -102,6 +102,10 @@ class WorkFolder:
         record = {"key": key, "sha256": digests, **facts}
         self._append(json.dumps(record))
         self.done[key] = record
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that is finished."""
+        return read_tensor(self._slots[name])
 
     def publish(self, extra_files: Mapping[str, bytes]) -> None:
         """Add the small files and give the folder its name. Raises: CheckpointError if a tensor is missing."""

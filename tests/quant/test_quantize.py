@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 import ernie45
 from ernie45.checkpoint.gguf import read_gguf
 from ernie45.checkpoint.load import load_model
-from ernie45.checkpoint.source import open_source
+from ernie45.checkpoint.source import Source, open_source
 from ernie45.errors import CapacityError, CheckpointError, ShapeError, UsageError
-from ernie45.kernels.packed import PackedFormat
-from ernie45.quant.calibration import Calibration, Calibrator
+from ernie45.kernels.packed import PackedFormat, restore
+from ernie45.quant.calibration import Calibration, Inputs, calibrate
 from ernie45.quant.folder import PackedSource
-from ernie45.quant.plan import packing_plan
+from ernie45.quant.gptq import gptq, shifted_target
 from ernie45.quant.quantize import quantize_checkpoint
-from ernie45.quant.scheme import Rule, Scheme, make_scheme
+from ernie45.quant.scheme import Rule, Scheme
 from ernie45.store.convert import convert
 
 
@@ -145,21 +145,24 @@ def test_killed_and_run_again_gives_the_same_bytes(checkpoint: Callable[..., Pat
     whole = _run(source, tmp_path / "whole", 0)
     total = int(whole.communicate()[0])
     killed = tmp_path / "killed"
-    for stop_after in (total // 2, total // 4):  # the second run adds a quarter to the first half
+    journal = tmp_path / ".killed.quantizing.journal"
+    # The plain tensors, layer 0 and of layer 1 attention and half of the experts; then as far in layer 2.
+    for stop_after, layer in ((8, 1), (6, 2)):
         _kill_when_reached(_run(source, killed, stop_after), tmp_path / "reached")
         assert not killed.exists()
+        last = json.loads(journal.read_bytes().splitlines()[-1])
+        assert last["key"] == f"model.layers.{layer}.mlp.experts.up_gate_proj"
+        assert last["facts"]["method"] == "gptq"
     # Half-written data and half a journal line, as a power cut leaves them.
-    journal = tmp_path / ".killed.quantizing.journal"
     lines = journal.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 1 + total // 2 + total // 4
+    assert len(lines) == 1 + 8 + 6
     journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:-10])
     shard = tmp_path / ".killed.quantizing" / "model-00001-of-00003.safetensors"
     raw = bytearray(shard.read_bytes())
     raw[-1] ^= 255
     shard.write_bytes(raw)
-    last = _run(source, killed, 0)
-    output, errors = last.communicate()
-    assert int(output) == total - (total // 2 + total // 4) + 2, errors
+    output, errors = _run(source, killed, 0).communicate()
+    assert int(output) == total - (8 + 6) + 2, errors
     assert _bytes(killed) == _bytes(tmp_path / "whole")
     assert not _leftovers(tmp_path)
 
@@ -333,10 +336,54 @@ def test_calibration_brings_outputs_closer(checkpoint: Callable[..., Path], tmp_
     assert stated["calibration"] == {"seed": 0}
 
 
-def test_statistics_are_the_inputs_of_each_matrix(checkpoint: Callable[..., Path]) -> None:
-    """Against inputs caught in a run of the whole network."""
-    folder, calibration = checkpoint(moe=True), _calibration()
-    model = load_model(folder)
+class _Recorder:
+    """A rounder that keeps what it is told, and moves every matrix by a seeded part of itself."""
+
+    def __init__(self, source: Source, by: float) -> None:
+        self.seen: dict[str, list[Inputs]] = {}
+        self._source, self._by = source, by
+
+    def rounded(self, name: str, inputs: Iterator[Inputs]) -> Iterator[torch.Tensor]:
+        self.seen[name] = list(inputs)
+        return iter(self.moved(name).flatten(0, -3))
+
+    def moved(self, name: str) -> torch.Tensor:
+        weights = torch.empty(self._source.shapes[name])
+        self._source.fill(weights, name, ())
+        noise = torch.randn(weights.shape, generator=torch.Generator().manual_seed(len(name)))
+        weights = weights * (1 + self._by * noise)
+        return weights if weights.ndim == 3 else weights[None]
+
+
+@pytest.mark.parametrize("by", [0.0, 0.2])
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_statistics_are_the_inputs_behind_rounded_matrices(
+    checkpoint: Callable[..., Path], by: float, use_bias: bool
+) -> None:
+    """Against inputs caught in a run of the whole network with the same matrices, and in one as it was."""
+    folder, calibration = checkpoint(moe=True, use_bias=use_bias), _calibration()
+    source = open_source(folder)
+    recorder = _Recorder(source, by)
+    calibrate(source, calibration, recorder, 3)
+    original, rounded = load_model(folder), load_model(folder)
+    for name in recorder.seen:
+        rounded.get_parameter(name).data.copy_(recorder.moved(name).view(rounded.get_parameter(name).shape))
+    before, after = (_caught(model, calibration.chunks_CT) for model in (original, rounded))
+    assert len(recorder.seen) == 4 + 2 * 6
+    assert {inputs.of_layer for seen in recorder.seen.values() for inputs in seen if len(seen) > 1} == {False, True}
+    for name, seen in recorder.seen.items():
+        if len(seen) == 1:
+            path = name.removesuffix(".weight")
+            x, x_before = (torch.cat([inputs[0] for inputs in caught[path]]) for caught in (after, before))
+            torch.testing.assert_close(seen[0].moments_KK, x.T @ x, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(seen[0].shift_KK, (x_before - x).T @ x, rtol=1e-3, atol=2e-3)
+            assert seen[0].tokens == calibration.chunks_CT.numel()
+        else:
+            _check_experts(rounded, name, seen, after[name.rpartition(".")[0]])
+
+
+def _caught(model: torch.nn.Module, chunks_CT: torch.Tensor) -> dict[str, list[Any]]:
+    """Inputs of every matrix and of the experts, by name."""
     caught: dict[str, list[Any]] = {}
 
     def catch(name: str) -> Any:
@@ -348,34 +395,32 @@ def test_statistics_are_the_inputs_of_each_matrix(checkpoint: Callable[..., Path
     for name, module in model.named_modules():
         if name.endswith(("_proj", "mlp.experts")):
             module.register_forward_pre_hook(catch(name))
-    for chunk in calibration.chunks_CT:
+    for chunk in chunks_CT:
         model(chunk[None])
-    source = open_source(folder)
-    calibrator = Calibrator(source, calibration)
-    for parameter in packing_plan(source.config, make_scheme("wint4")).packed:
-        found = calibrator.hessian(parameter)
-        if not parameter.name.startswith("model.layers"):
-            assert found is None
-            continue
-        name = parameter.name.removesuffix(".weight")
-        if parameter.experts is None:
-            x = torch.cat([inputs[0] for inputs in caught[name]])
-            torch.testing.assert_close(found, x.T @ x, rtol=1e-3, atol=1e-3)
-        elif name.endswith("up_gate_proj"):
-            _check_experts(calibrator, parameter, caught[name.removesuffix(".up_gate_proj")])
+    return caught
 
 
-def _check_experts(calibrator: Calibrator, parameter: Any, inputs: list[tuple[Any, ...]]) -> None:
+def _check_experts(model: torch.nn.Module, name: str, seen: list[Inputs], inputs: list[tuple[Any, ...]]) -> None:
     x, ids = torch.cat([i[0] for i in inputs]), torch.cat([i[1].ids_TK for i in inputs])
     chosen = [x[(ids == expert).any(-1)] for expert in range(8)]
+    if name.endswith("down_proj"):
+        up_gate = model.get_parameter(name.replace("down_proj", "up_gate_proj"))
+        products = [rows @ matrix.T for rows, matrix in zip(chosen, up_gate, strict=True)]
+        chosen = [torch.nn.functional.silu(p[:, :40]) * p[:, 40:] for p in products]
     shared = sum(rows.T @ rows for rows in chosen)
-    for expert, rows in enumerate(chosen):
-        # 160 tokens, 3 of 8 experts each, 96 columns: some experts see too few
-        expected = rows.T @ rows if len(rows) >= 96 else shared
-        torch.testing.assert_close(calibrator.hessian(parameter, expert), expected, rtol=1e-3, atol=1e-3)
-    coverage = calibrator.coverage(parameter)
-    assert coverage["least_tokens"] == min(len(rows) for rows in chosen)
-    assert coverage["experts_on_layer_statistics"] == sum(len(rows) < 96 for rows in chosen) > 0
+    for rows, found in zip(chosen, seen, strict=True):
+        # 160 tokens, 3 of 8 experts each, 96 or 40 columns: some experts see too few
+        few = len(rows) < rows.shape[1]
+        assert (found.tokens, found.of_layer, found.shift_KK) == (len(rows), few, None)
+        torch.testing.assert_close(found.moments_KK, shared if few else rows.T @ rows, rtol=1e-3, atol=1e-3)
+
+
+def test_experts_on_layer_statistics_are_counted(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    facts = quantize_checkpoint(checkpoint(moe=True), tmp_path / "out", "wint4", calibration=_calibration()).tensors
+    experts = facts["model.layers.1.mlp.experts.up_gate_proj"]
+    assert 0 < experts["experts_on_layer_statistics"] < 8
+    assert experts["least_tokens"] < 96
+    assert facts["model.layers.1.self_attn.o_proj.weight"]["least_tokens"] == 160
 
 
 def test_wrong_calibration(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -385,3 +430,41 @@ def test_wrong_calibration(checkpoint: Callable[..., Path], tmp_path: Path) -> N
     beyond = Calibration(chunks_CT=torch.full((1, 8), 101), origin={})
     with pytest.raises(ShapeError, match="token ids up to 101"):
         quantize_checkpoint(checkpoint(), tmp_path / "out", "wint8", calibration=beyond)
+
+
+class _Gptq:
+    """A rounder in memory; `onward` chooses what the text goes on with, rounded matrices or the originals."""
+
+    def __init__(self, source: Source, onward: str) -> None:
+        self.matrices: dict[str, torch.Tensor] = {}
+        self._source, self._onward = source, onward
+
+    def rounded(self, name: str, inputs: Iterator[Inputs]) -> Iterator[torch.Tensor]:
+        format, weights = PackedFormat(bits=4, group=64), torch.empty(self._source.shapes[name])
+        self._source.fill(weights, name, ())
+        matrices = weights if weights.ndim == 3 else weights[None]
+        found = []
+        for matrix, seen in zip(matrices, inputs, strict=True):
+            target = matrix
+            if seen.shift_KK is not None:
+                target = shifted_target(matrix, seen.moments_KK, seen.shift_KK, seen.tokens)
+            result = gptq(matrix, seen.moments_KK, format, target_NK=target)
+            found.append(restore(result.values_NK, result.scales, format))
+        self.matrices[name] = torch.stack(found).view(weights.shape)
+        return iter(matrices if self._onward == "original" else found)
+
+
+@pytest.mark.parametrize("moe", [False, True])
+def test_rounding_behind_rounded_layers_keeps_the_networks_outputs(checkpoint: Callable[..., Path], moe: bool) -> None:
+    """On the text itself, against rounding every matrix for the inputs of the network as it was."""
+    folder = checkpoint(moe=moe, num_hidden_layers=4)
+    source, calibration, errors = open_source(folder), _calibration(chunks=24), {}
+    exact = load_model(folder)(calibration.chunks_CT)
+    for onward in ("original", "rounded"):
+        rounder = _Gptq(source, onward)
+        calibrate(source, calibration, rounder, 4)
+        model = load_model(folder)
+        for name, matrix in rounder.matrices.items():
+            model.get_parameter(name).data.copy_(matrix)
+        errors[onward] = float((model(calibration.chunks_CT) - exact).norm() / exact.norm())
+    assert errors["rounded"] < 0.85 * errors["original"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ernie45.errors import CapacityError
 from ernie45.kernels.packed import PackedFormat, dequantize, pack
-from ernie45.quant.gptq import gptq, inverse_factor
+from ernie45.quant.gptq import damped, factor, gptq, shifted_target
 from ernie45.quant.rounding import Quantized, quantize, quantize_absmax
 
 MINIMA = PackedFormat(bits=4, group=32)
@@ -142,17 +142,74 @@ def test_gptq_with_independent_inputs_is_the_search() -> None:
     """A diagonal H leaves nothing to compensate: each column is rounded on its own, with the same scales."""
     weights = torch.randn(16, 128, generator=torch.Generator().manual_seed(5))
     format = PackedFormat(bits=4, group=64)
-    assert torch.equal(gptq(weights, torch.eye(128), format).values_NK, quantize(weights, format).values_NK)
+    rounded = gptq(weights, torch.eye(128), format, sweeps=0)
+    assert torch.equal(rounded.values_NK, quantize(weights, format).values_NK)
 
 
-def test_inverse_factor() -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_sweep_brings_outputs_closer(format: PackedFormat) -> None:
+    weights = torch.randn(48, 192, generator=torch.Generator().manual_seed(2))
+    inputs = _inputs(192, rank=60, seed=3) + 0.1 * _inputs(192, 192, seed=4)
+    results = [gptq(weights, inputs.T @ inputs, format, sweeps=n) for n in (0, 1, 3)]
+    errors = [_output_error(weights, result, format, inputs) for result in results]
+    assert errors[1] < 0.98 * errors[0]
+    assert errors[2] < 0.99 * errors[1]
+
+
+def test_sweeps_refit_scales() -> None:
+    """The least-squares scale of the outputs is not that of the weights."""
+    weights, format = torch.randn(8, 64, generator=torch.Generator().manual_seed(5)), PackedFormat(bits=4, group=64)
+    inputs = _inputs(64, rank=20, seed=3) + 0.1 * _inputs(64, 64, seed=4)
+    hessian = damped(inputs.T @ inputs).double()
+    result = gptq(weights, hessian.float(), format, sweeps=8)
+    values = result.values_NK.double()
+    best = ((values @ hessian) * weights).sum(1) / ((values @ hessian) * values).sum(1)
+    # Codes move a last time after the last fit, so scales are near the best ones of the codes, not at them.
+    torch.testing.assert_close(result.scales[:, 0].double(), best, rtol=2e-3, atol=0)
+    assert not torch.allclose(quantize(weights, format).scales[:, 0].double(), best, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_gptq_of_odd_weights(format: PackedFormat) -> None:
+    """Rows of zeros and of one value, columns without input: scales stay finite, zeros stay zeros."""
+    weights = torch.randn(6, 150, generator=torch.Generator().manual_seed(1))
+    weights[0], weights[1], weights[2] = 0, 0.25, 3e38
+    inputs = _inputs(150, 40, seed=2)
+    inputs[:, 30:100] = 0
+    result = gptq(weights, inputs.T @ inputs, format)
+    assert torch.isfinite(result.scales).all()
+    assert not _dequantized(result, format)[0].any()
+
+
+def test_factor() -> None:
     inputs = _inputs(30, 30, seed=6)
     hessian = inputs.T @ inputs
-    factor = inverse_factor(hessian).double()
-    damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(30)
-    assert torch.equal(factor, factor.triu())
-    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(30).double(), atol=1e-3, rtol=0)
+    mixing, cost = (tensor.double() for tensor in factor(hessian))
+    assert torch.equal(mixing, mixing.triu())
+    assert torch.equal(mixing.diagonal(), torch.ones(30).double())
+    expected = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(30)
+    torch.testing.assert_close(mixing @ cost.diag() @ mixing.T, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
     # One token gives a matrix of rank one: damping makes it invertible. No token gives nothing.
-    assert torch.isfinite(inverse_factor(inputs[:1].T @ inputs[:1])).all()
+    assert all(torch.isfinite(tensor).all() for tensor in factor(inputs[:1].T @ inputs[:1]))
     with pytest.raises(CapacityError, match="no usable input statistics"):
-        inverse_factor(torch.zeros(4, 4))
+        factor(torch.zeros(4, 4))
+
+
+def test_a_shifted_target_makes_up_for_shifted_inputs() -> None:
+    """Inputs that a matrix A distorts: the target undoes it, W A^-1; without a shift it is W."""
+    weights, inputs = torch.randn(5, 30, generator=torch.Generator().manual_seed(7)), _inputs(30, 30, seed=8)
+    distortion = torch.eye(30) + 0.1 * torch.randn(30, 30, generator=torch.Generator().manual_seed(9))
+    seen = inputs @ distortion.T
+    moments, shift = seen.T @ seen, (inputs - seen).T @ seen
+    exact = inputs @ weights.T
+
+    def distance(target: torch.Tensor) -> float:
+        return float((seen @ target.T - exact).norm())
+
+    target = shifted_target(weights, moments, shift, tokens=2000)
+    assert distance(target) < 0.3 * distance(weights)
+    assert torch.equal(shifted_target(weights, moments, torch.zeros(30, 30), tokens=2000), weights)
+    # Where columns outnumber tokens the fit proves nothing; in between it is trusted in part.
+    half = shifted_target(weights, moments, shift, tokens=60)
+    torch.testing.assert_close(2 * (half - weights), (target - weights) / (1 - 30 / 2000))
+    assert torch.equal(shifted_target(weights, moments, shift, tokens=30), weights)
