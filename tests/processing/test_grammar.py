@@ -557,3 +557,23 @@ def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setattr(grammar, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"ernie45\[structured\]"):
         Grammars(Tiny())
+
+
+KINDS: list[tuple[Constraint, str]] = [
+    (Constraint.regex("[ab]+"), "abba"),
+    (Constraint.choice(["yes", "no"]), "no"),
+    (Constraint.grammar('start: sum\nsum: N ("+" N)*\nN: /[0-9]+/\n%ignore " "'), "1 + 22"),
+    (Constraint.grammar('root ::= [a-c]+ ("," root)?'), "ab,c"),
+    (Constraint.json_schema({"type": "boolean"}), "true"),
+]
+
+
+@pytest.mark.parametrize("tags", [True, False])
+@pytest.mark.parametrize(("constraint", "text"), KINDS)
+def test_every_kind_may_follow_a_thought(constraint: Constraint, text: str, tags: bool) -> None:
+    tokenizer = Tiny(HERMES, tags)
+    assert takes(tokenizer, constraint, text) is True
+    assert takes(tokenizer, constraint, f"hm {text}</think>\n\n{text}", "thought") is True
+    assert takes(tokenizer, constraint, f"<think>\nhm\n</think>\n{text}", "open") is True
+    assert takes(tokenizer, constraint, text, "open") is True
+    assert takes(tokenizer, constraint, f"hm</think>{text}#", "thought") is None
