@@ -18,6 +18,8 @@ Kind = Literal["json", "regex", "choice", "grammar", "tool_calls"]
 
 MAX_REGEX_CHARS = 1 << 13
 MAX_GRAMMAR_CHARS = 1 << 16
+MAX_GRAMMAR_RULES = 300  # a chain of 3,000 rules overflows the compiler's stack and ends the process; 1,000 are fine
+MAX_GBNF_DEPTH = 32  # the conversion to Lark recurses, and Lark takes about 50 levels
 MAX_CHOICES = 1024
 MAX_TOOLS = 128
 
@@ -70,7 +72,9 @@ class Constraint:
         Raises: RequestError if it is too long or refers to special tokens, which belong to templates alone.
         """
         text = _checked_text(text, where, MAX_GRAMMAR_CHARS)
-        if not is_gbnf(text):
+        if is_gbnf(text):
+            _check_gbnf(text, where)
+        else:
             check_lark(text, where)
         return cls("grammar", text, where)
 
@@ -128,9 +132,26 @@ def check_lark(text: str, where: str) -> None:
     special = re.search(r"<[^>\n]*>", grammar)
     if special:
         raise RequestError(f"{where} refers to the special token {special.group()}: answers cannot hold those")
+    _check_rules(grammar.count(":"), where)
     directive = re.search(r"%(?!ignore\b|import\b)\w*|@\w+", grammar)
     if directive:
         raise RequestError(f"{where} uses {directive.group()}, which is not supported: write it as rules")
+
+
+def _check_gbnf(text: str, where: str) -> None:
+    grammar = _GBNF_TEXT.sub("", text)
+    _check_rules(grammar.count("::="), where)
+    depth = deepest = 0
+    for bracket in re.findall(r"[()]", grammar):
+        depth += 1 if bracket == "(" else -1
+        deepest = max(deepest, depth)
+    if deepest > MAX_GBNF_DEPTH:
+        raise RequestError(f"{where} is nested {deepest} levels deep, the limit is {MAX_GBNF_DEPTH}: add rules")
+
+
+def _check_rules(num_rules: int, where: str) -> None:
+    if num_rules > MAX_GRAMMAR_RULES:
+        raise RequestError(f"{where} has {num_rules} rules, the limit is {MAX_GRAMMAR_RULES}")
 
 
 def _response_format(asked: object) -> Constraint | None:
