@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import ernie45
+from ernie45.cli.answer import Answer
 from ernie45.cli.conversation import Conversation, limited
-from ernie45.cli.output import ProgressBar, note, print_json, shown
+from ernie45.cli.output import ProgressBar, note, print_json
 from ernie45.engine.reference import Piece, Prompt, prompt_ids, room_for_answer
 from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
 from ernie45.kernels.choice import kernels
@@ -53,7 +54,8 @@ def _run(options: argparse.Namespace) -> int:
     model = _load(path, options)
     if prompt is None:
         return Conversation(model, tokenizer, sampling, options.system, options.thinking).run()
-    return _answer(model, tokenizer, ids, sampling, as_json=options.json)
+    answer = Answer(tokenizer, ids, sampling.stop, raw=options.raw, quiet=options.json)
+    return _answer(model, tokenizer, ids, sampling, answer, as_json=options.json)
 
 
 def _model_and_prompt(options: argparse.Namespace) -> tuple[Path, str | None]:
@@ -142,17 +144,22 @@ def _load(path: Path, options: argparse.Namespace) -> CausalLM:
 
 
 def _answer(
-    model: CausalLM, tokenizer: Tokenizer, ids: list[int], sampling: ernie45.SamplingParams, *, as_json: bool
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    sampling: ernie45.SamplingParams,
+    answer: Answer,
+    *,
+    as_json: bool,
 ) -> int:
     if sampling.seed is None:
         sampling = replace(sampling, seed=secrets.randbits(32))  # drawn here, so that it can be told
     pieces = []
     for piece in ernie45.generate(model, tokenizer, ids, limited(sampling, model, len(ids))):
         pieces.append(piece)
-        if not as_json:
-            print(shown(piece.text), end="", flush=True)
+        answer.add(piece)
     if as_json:
-        print_json(_summary(pieces, len(ids), sampling))
+        print_json(_summary(pieces, answer, len(ids), sampling))
         return 0
     print()
     if pieces[-1].finish_reason == "length":
@@ -160,10 +167,11 @@ def _answer(
     return 0
 
 
-def _summary(pieces: list[Piece], num_prompt: int, sampling: ernie45.SamplingParams) -> dict[str, Any]:
+def _summary(pieces: list[Piece], answer: Answer, num_prompt: int, sampling: ernie45.SamplingParams) -> dict[str, Any]:
     ids = [token for piece in pieces for token in piece.ids]
     return {
-        "text": "".join(piece.text for piece in pieces),
+        "text": answer.content,
+        "reasoning": answer.reasoning or None,
         "ids": ids,
         "finish_reason": pieces[-1].finish_reason,
         "stop_reason": pieces[-1].stop_reason,

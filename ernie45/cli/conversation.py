@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import ernie45
-from ernie45.cli.output import note, shown
+from ernie45.cli.answer import Answer
+from ernie45.cli.output import note
 from ernie45.engine.reference import prompt_ids
 from ernie45.errors import RequestError
 from ernie45.models.text import CausalLM
@@ -77,33 +77,40 @@ class Conversation:
         return True
 
     def _turn(self, question: str) -> None:
-        """Ask and print; what was said of an interrupted answer stays in the conversation, an empty answer does not."""
+        """Ask and print; what was said of an interrupted answer stays in the conversation, an empty answer does not.
+
+        Thoughts are shown and then forgotten, as the models are trained.
+        """
         self.messages.append({"role": "user", "content": question})
-        answer, count, start = "", 0, time.monotonic()
+        count, start = 0, time.monotonic()
         ending = ""
+        answer: Answer | None = None
         try:
-            for piece in self._pieces():
-                print(shown(piece.text), end="", flush=True)
-                answer += piece.text
+            ids = self._prompt_ids()
+            answer = Answer(self.tokenizer, ids, self.sampling.stop)
+            sampling = limited(self.sampling, self.model, len(ids))
+            for piece in ernie45.generate(self.model, self.tokenizer, ids, sampling):
+                answer.add(piece)
                 count += len(piece.ids)
                 ending = ", stopped at the limit" if piece.finish_reason == "length" else ""
         except KeyboardInterrupt:
             ending = ", interrupted"
+            if answer is not None:
+                answer.end()
         except RequestError as error:
             self.messages.pop()
             note(f"error: {error}; /clear forgets the conversation")
             return
         print()
         note(f"[{count} tokens, {count / (time.monotonic() - start):.1f} tokens/s{ending}]")
-        if answer:
-            self.messages.append({"role": "assistant", "content": answer})
+        if answer is not None and answer.content:
+            self.messages.append({"role": "assistant", "content": answer.content})
         else:
             self.messages.pop()
 
-    def _pieces(self) -> Any:
+    def _prompt_ids(self) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        ids = prompt_ids(self.tokenizer, [*system, *self.messages], thinking=self.thinking)
-        return ernie45.generate(self.model, self.tokenizer, ids, limited(self.sampling, self.model, len(ids)))
+        return prompt_ids(self.tokenizer, [*system, *self.messages], thinking=self.thinking)
 
 
 def limited(sampling: ernie45.SamplingParams, model: CausalLM, num_prompt: int) -> ernie45.SamplingParams:

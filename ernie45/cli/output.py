@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, TextIO
 
 _BAR_WIDTH = 24
 _TERMINAL_DELAY_S, _TERMINAL_REDRAW_S = 0.5, 0.1
@@ -127,9 +127,9 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
         print(f"{name.ljust(width)}  {value}")
 
 
-def shown(text: str) -> str:
-    """Text of a model, for stdout: a terminal does not get the control characters that it would obey."""
-    return _CONTROL.sub("\ufffd", text) if sys.stdout.isatty() else text
+def shown(text: str, stream: TextIO | None = None) -> str:
+    """Text of a model, for stdout or `stream`: a terminal does not get the control characters that it would obey."""
+    return _CONTROL.sub("\ufffd", text) if (stream or sys.stdout).isatty() else text
 
 
 def note(message: str) -> None:

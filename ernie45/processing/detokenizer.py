@@ -5,7 +5,7 @@ spread over several ids; what is incomplete waits for the next id.
 """
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 from ernie45.processing.vocabulary import Vocabulary
@@ -23,10 +23,12 @@ class HasVocabulary(Protocol):
 class Detokenizer:
     """Turns one sequence of ids into text, id by id; the pieces add up to what `decode` makes of the whole sequence."""
 
-    def __init__(self, tokenizer: HasVocabulary, skip_special_tokens: bool = True) -> None:
-        """Start a sequence. Special tokens are left out, or written as their text."""
+    def __init__(
+        self, tokenizer: HasVocabulary, skip_special_tokens: bool = True, keep: Collection[int] = frozenset()
+    ) -> None:
+        """Start a sequence. Special tokens are left out, but for those in `keep`, or written as their text."""
         self._vocabulary = tokenizer.vocabulary
-        self._skip = skip_special_tokens
+        self._skipped = self._vocabulary.special_ids - set(keep) if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = self._vocabulary.drops_first_space
 
@@ -42,7 +44,7 @@ class Detokenizer:
         vocabulary = self._vocabulary
         data = vocabulary.bytes_of(token_id)
         special = token_id in vocabulary.special_ids
-        if special and self._skip:
+        if token_id in self._skipped:
             return b""
         if not self._at_start or not data:
             return data

@@ -18,6 +18,7 @@ from typing import Any
 
 from ernie45.errors import ConfigError, RequestError
 from ernie45.processing import detokenizer
+from ernie45.processing.answer_format import AnswerFormat, told_answer_format
 from ernie45.processing.backends import Backend, JsonBackend, SentencePieceBackend
 from ernie45.processing.chat_template import ChatTemplate
 from ernie45.processing.files import (
@@ -104,6 +105,16 @@ class Tokenizer:
         """Name of the chat format: a built-in one, "chatml", or "custom" for a template of another kind."""
         return self._template.format_name if self._template else self._chosen_format or "ernie"
 
+    @cached_property
+    def answer_format(self) -> AnswerFormat:
+        """The markup of answers, for `AnswerParser`."""
+        return told_answer_format(self.chat_format, self._template.written_text if self._template else "")
+
+    @cached_property
+    def answer_tag_ids(self) -> frozenset[int]:
+        """Ids of the special tokens that mark up answers: a `Detokenizer` for `AnswerParser` keeps these."""
+        return frozenset(self.special_tokens[tag] for tag in self.answer_format.tags if tag in self.special_tokens)
+
     @property
     def chat_template(self) -> str | None:
         """Source of the checkpoint's own template, None if there is none or a built-in format replaces it."""
@@ -148,7 +159,7 @@ class Tokenizer:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
 
         With `skip_special_tokens` every special token is left out, markers such as `</think>` included: a parser of
-        answers wants False. Raises: RequestError for an id outside the vocabulary.
+        answers wants those of `answer_tag_ids` (`Detokenizer`). Raises: RequestError for an id outside the vocabulary.
         """
         return detokenizer.decode(self, ids, skip_special_tokens)
 

@@ -86,6 +86,7 @@ def test_json_holds_text_ids_reason_seed_and_usage(ernie: Ernie, tiny: Path) -> 
     assert result.err == ""
     assert json.loads(result.out) == {
         "text": answer.text,
+        "reasoning": None,
         "ids": list(answer.ids),
         "finish_reason": "length",
         "stop_reason": None,

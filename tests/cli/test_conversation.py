@@ -19,6 +19,7 @@ import ernie45
 from ernie45.cli import conversation
 from ernie45.cli.conversation import Conversation
 from ernie45.errors import RequestError
+from ernie45.processing.answer_format import PLAIN
 
 HELP = conversation._HELP
 Talk = Callable[..., tuple[int, str, str]]
@@ -64,9 +65,9 @@ def talk(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
             raise line
 
         monkeypatch.setattr("builtins.input", read)
-        nothing: Any = None
+        plain: Any = SimpleNamespace(answer_format=PLAIN)
         network: Any = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=256))
-        code = Conversation(network, nothing, ernie45.SamplingParams(), system, None).run()
+        code = Conversation(network, plain, ernie45.SamplingParams(), system, None).run()
         out, err = capsys.readouterr()
         assert err.startswith(HELP)
         return code, out, err.removeprefix(HELP + "\n").replace("> ", "")
