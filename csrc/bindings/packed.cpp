@@ -91,6 +91,21 @@ void linear(const PackedMatrix& matrix, const Matrix& x, const Output& y, const 
     packed_linear(x.data(), tokens, matrix.view, bias_values, residual_values, y.data());
 }
 
+void top(const PackedMatrix& matrix, const Matrix& x, const Output& values, const Array<std::int64_t, 2>& ids,
+         const std::optional<Vector>& bias) {
+    const std::size_t tokens = x.shape(0), rows = matrix.view.rows, count = values.shape(1);
+    check("top", "x", tokens, matrix.view.columns, tokens, x.shape(1));
+    check("top", "values", tokens, count, values.shape(0), count);
+    check("top", "ids", tokens, count, ids.shape(0), ids.shape(1));
+    if (bias) check("top", "bias", 1, rows, 1, bias->shape(0));
+    if (count == 0 || count > rows) {
+        refuse("[top] expected a count from 1 to " + std::to_string(rows) + ", got " + std::to_string(count));
+    }
+    const float* bias_values = bias ? bias->data() : nullptr;
+    nb::gil_scoped_release unlocked;
+    packed_top(x.data(), tokens, matrix.view, bias_values, count, values.data(), ids.data());
+}
+
 // A unit of the feed-forward operation; the matrices stay alive with it.
 struct Ffn {
     nb::object gate_up, down;
@@ -255,6 +270,9 @@ void bind_packed(nb::module_& m) {
         .def("linear", &linear, nb::arg("x"), nb::arg("y"), nb::arg("bias") = nb::none(), nb::arg("residual") = nb::none(),
              nb::sig("def linear(self, x: Tensor, y: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> None"),
              "y (T, rows) = x (T, columns) W^T + bias + residual, float32.")
+        .def("top", &top, nb::arg("x"), nb::arg("values"), nb::arg("ids"), nb::arg("bias") = nb::none(),
+             nb::sig("def top(self, x: Tensor, values: Tensor, ids: Tensor, bias: Tensor | None = None) -> None"),
+             "The largest values of each row of x W^T + bias (T, k) and their columns, int64, largest first.")
         .def("rows", &rows, nb::arg("ids"), nb::arg("y"), nb::sig("def rows(self, ids: Tensor, y: Tensor) -> None"),
              "y (T, columns) = the rows `ids`, float32.");
     nb::class_<Ffn>(m, "Ffn", "Gate, up and down of one SwiGLU in kernel layout.")

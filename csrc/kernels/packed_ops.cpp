@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels/half.hpp"
@@ -164,6 +165,72 @@ void packed_linear(const float* x, std::size_t tokens, const Packed& m, const fl
             }
         }
     });
+}
+
+namespace {
+
+struct Found {
+    float value;
+    std::int64_t id;
+
+    bool before(const Found& other) const { return value > other.value || (value == other.value && id < other.id); }
+};
+
+// Puts a candidate into a list in order, of `count` places; `size` is how many are taken.
+void insert(Found* list, std::size_t count, std::size_t& size, const Found& candidate) {
+    if (size == count && !candidate.before(list[size - 1])) return;
+    std::size_t place = size < count ? size++ : size - 1;
+    for (; place > 0 && candidate.before(list[place - 1]); --place) list[place] = list[place - 1];
+    list[place] = candidate;
+}
+
+}  // namespace
+
+void packed_top(const float* x, std::size_t tokens, const Packed& m, const float* bias, std::size_t count, float* values,
+                std::int64_t* ids) {
+    if (tokens == 0) return;
+    const BlockKernels& kernels = block_kernels();
+    RoundedBuffer& buffer = scratch().x;
+    buffer.clear();
+    buffer.want(tokens, m.groups());
+    buffer.reserve();
+    const RoundedRows rounded = buffer.take(tokens, m.groups(), m.wide);
+    round_rows(x, tokens, m.columns, rounded, kernels);
+    const std::size_t per_task = blocks_per_task(m.blocks(), m.groups() * m.group_bytes());
+    const std::size_t tasks = round_up(m.blocks(), per_task) / per_task;
+    std::vector<Found> lists(tasks * tokens * count);
+    std::vector<std::size_t> sizes(tasks * tokens);
+    parallel_for(tasks, [&](std::size_t task) {
+        float tile[kMaxTile * kRows];
+        for (std::size_t block = task * per_task; block < std::min((task + 1) * per_task, m.blocks()); ++block) {
+            const std::size_t row = block * kRows, width = std::min(kRows, m.rows - row);
+            for (std::size_t t = 0; t < tokens; t += kernels.max_tile) {
+                const std::size_t now = std::min(kernels.max_tile, tokens - t);
+                run_block(kernels, m, block, rounded.from(t), now, tile);
+                for (std::size_t i = 0; i < now; ++i) {
+                    const std::size_t list = task * tokens + t + i;
+                    for (std::size_t r = 0; r < width; ++r) {
+                        float value = tile[i * kRows + r];
+                        if (bias != nullptr) value += bias[row + r];
+                        if (std::isnan(value)) value = -std::numeric_limits<float>::infinity();
+                        insert(&lists[list * count], count, sizes[list], {value, static_cast<std::int64_t>(row + r)});
+                    }
+                }
+            }
+        }
+    });
+    std::vector<Found> best(count);
+    for (std::size_t t = 0; t < tokens; ++t) {
+        std::size_t size = 0;
+        for (std::size_t task = 0; task < tasks; ++task) {
+            const std::size_t list = task * tokens + t;
+            for (std::size_t i = 0; i < sizes[list]; ++i) insert(best.data(), count, size, lists[list * count + i]);
+        }
+        for (std::size_t i = 0; i < count; ++i) {
+            values[t * count + i] = best[i].value;
+            ids[t * count + i] = best[i].id;
+        }
+    }
 }
 
 void packed_ffn(const float* x, std::size_t tokens, std::size_t hidden, const FfnUnit* units, std::size_t num_units,

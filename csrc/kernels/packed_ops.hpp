@@ -10,6 +10,11 @@ namespace ernie45 {
 // Bytes moved for one token: those of the matrix. Source of the layout: packed.hpp.
 void packed_linear(const float* x, std::size_t tokens, const Packed& matrix, const float* bias, const float* residual, float* y);
 
+// The `count` largest values of each row of what packed_linear would give, and their columns (tokens, count), largest first and of equal ones
+// the lowest column first; the product itself is never in memory. NaN counts as smallest.
+void packed_top(const float* x, std::size_t tokens, const Packed& matrix, const float* bias, std::size_t count, float* values,
+                std::int64_t* ids);
+
 // A feed-forward unit: a dense layer, a shared expert or one routed expert.
 struct FfnUnit {
     Packed gate_up;  // row blocks alternate: 16 gate rows, the 16 up rows that belong to them; 2 x width padded to 64

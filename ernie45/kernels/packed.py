@@ -259,6 +259,38 @@ def linear_reference(
     return y if residual_TN is None else y + residual_TN
 
 
+def top(x_TK: Tensor, matrix: PackedMatrix, count: int, bias_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The largest values of each row of `x W^T + bias` and their columns, without the product in memory.
+
+    Args: x_TK, bias_N: as in `linear`. count: k, 1 to N. Returns: values, float32 (T, k), largest first; columns, int64
+        (T, k), of equal values the lowest first. Raises: ShapeError as `linear`, and for another count.
+    """
+    if native() is None:
+        _check_top(x_TK, matrix, count, bias_N)
+        return top_reference(x_TK, matrix, count, bias_N)
+    try:
+        values, ids = torch.empty(x_TK.shape[0], count), torch.empty(x_TK.shape[0], count, dtype=torch.int64)
+        matrix.native.top(x_TK, values, ids, bias_N)
+    except (TypeError, ValueError, IndexError, RuntimeError) as error:
+        _check_top(x_TK, matrix, count, bias_N)
+        raise ShapeError(str(error)) from error
+    return values, ids
+
+
+def top_reference(
+    x_TK: Tensor, matrix: PackedMatrix, count: int, bias_N: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `top` computes, from the whole product."""
+    values, ids = linear_reference(x_TK, matrix, bias_N).sort(dim=-1, descending=True, stable=True)
+    return values[:, :count], ids[:, :count]
+
+
+def _check_top(x_TK: Tensor, matrix: PackedMatrix, count: int, bias_N: Tensor | None) -> None:
+    _check_linear(x_TK, matrix, bias_N, None)
+    if not 1 <= count <= matrix.rows:
+        raise ShapeError(f"[top] expected a count from 1 to {matrix.rows}, got {count}")
+
+
 def rows(matrix: PackedMatrix, ids: Tensor) -> Tensor:
     """The rows `ids` (int64, 1-D) of a packed matrix as float32: an embedding lookup. Exact.
 

@@ -193,6 +193,41 @@ def test_linear_refuses_other_inputs() -> None:
             packed.linear(x, m, bias)
 
 
+# --- top -----------------------------------------------------------------------------------------------------------------
+
+
+@every_format
+@pytest.mark.parametrize(("rows", "tokens", "count"), [(1, 1, 1), (50, 3, 5), (50, 20, 50), (700, 70, 3), (33, 0, 2)])
+def test_top_is_what_sorting_the_product_gives(
+    isa: str, format: PackedFormat, rows: int, tokens: int, count: int
+) -> None:
+    m, x, bias = matrix(rows, 130, format), random(tokens, 130), random(rows, seed=2)
+    for extra in (None, bias):
+        values, ids = packed.top(x, m, count, extra)
+        product, order = packed.linear(x, m, extra).sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(values, product[:, :count])
+        assert torch.equal(ids, order[:, :count])
+        expected_values, expected_ids = packed.top_reference(x, m, count, extra)
+        torch.testing.assert_close(values, expected_values, **TOLERANCE)
+        assert values.shape == expected_ids.shape == (tokens, count)
+
+
+def test_equal_values_go_to_the_lowest_column(extension: ModuleType) -> None:
+    m = packed.pack(torch.ones(3000, 64, dtype=torch.int8), torch.ones(3000, 1).half(), EIGHT)
+    for threads in (1, 2, 5):
+        extension.set_num_threads(threads)
+        assert packed.top(torch.ones(2, 64), m, 4)[1].tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_top_refuses_other_counts(extension: ModuleType) -> None:
+    m, x = matrix(20, 100, EIGHT), random(3, 100)
+    for count in (0, 21, -1):
+        with pytest.raises(ShapeError, match=r"\[top\] expected a count from 1 to 20"):
+            packed.top(x, m, count)
+    with pytest.raises(ShapeError, match=r"\[linear\] expected a contiguous"):
+        packed.top(x.double(), m, 1)
+
+
 # --- rows ----------------------------------------------------------------------------------------------------------------
 
 

@@ -101,6 +101,10 @@ void packed_products() {
                 everywhere("linear", tokens * rows, [&](float* y) {
                     packed_linear(x.get(), tokens, m.view, bias.get(), residual.get(), y);
                 });
+                everywhere("top", tokens, [&](float* y) {
+                    const auto ids = exactly<std::int64_t>(tokens);
+                    packed_top(x.get(), tokens, m.view, bias.get(), 1, y, ids.get());
+                });
                 everywhere("row", columns, [&](float* y) { packed_row(m.view, rows - 1, y); });
             }
             const std::size_t hidden = 130, tokens = 9;
