@@ -175,10 +175,17 @@ void attentions() {
             const Sequences sequences{4, fresh.data(), lengths.data(), table.get(), per_sequence};
             const auto qkv = normal(tokens * (heads + 2 * groups) * dim), rotation = normal(tokens * dim);
             const std::size_t outputs = tokens * heads * dim;
-            everywhere("attention", 2 * outputs, [&](float* out) {
-                rope_append(qkv.get(), heads, rotation.get(), store, sequences, out);
-                attention(out, heads, store, sequences, 0.1f, out + outputs);
-            });
+            // One store for all sequences, then the same one for each.
+            const KvStore* const each[4] = {&store, &store, &store, &store};
+            for (const std::size_t count : {1, 4}) {
+                const KvStores stores{each, count};
+                everywhere("attention", 2 * outputs, [&](float* out) {
+                    rope_append(qkv.get(), heads, rotation.get(), stores, sequences, out);
+                    attention(out, heads, stores, sequences, 0.1f, out + outputs);
+                });
+                everywhere("attend", outputs,
+                           [&](float* out) { attend(qkv.get(), heads, rotation.get(), stores, sequences, 0.1f, out); });
+            }
         }
     }
 }
