@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from ernie45.config.count import count_parameters
     from ernie45.config.model import ModelConfig, MoeConfig, VisionConfig
     from ernie45.config.presets import preset, presets
+    from ernie45.engine.config import EngineConfig
+    from ernie45.engine.drafts import NgramSpeculation
     from ernie45.engine.generation import Completion, Piece
     from ernie45.engine.params import LoopDetection, SamplingParams
     from ernie45.engine.reference import generate, generate_batch
+    from ernie45.llm import LLM, Answer
     from ernie45.store.api import load_model, load_tokenizer, save_model
     from ernie45.store.convert import convert
     from ernie45.store.pull import pull
@@ -24,10 +27,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "LLM": "ernie45.llm",
+    "Answer": "ernie45.llm",
     "Completion": "ernie45.engine.generation",
+    "EngineConfig": "ernie45.engine.config",
     "LoopDetection": "ernie45.engine.params",
     "ModelConfig": "ernie45.config.model",
     "MoeConfig": "ernie45.config.model",
+    "NgramSpeculation": "ernie45.engine.drafts",
     "Piece": "ernie45.engine.generation",
     "SamplingParams": "ernie45.engine.params",
     "VisionConfig": "ernie45.config.model",
@@ -45,10 +52,14 @@ _HOME = {
 }
 
 __all__ = [
+    "LLM",
+    "Answer",
     "Completion",
+    "EngineConfig",
     "LoopDetection",
     "ModelConfig",
     "MoeConfig",
+    "NgramSpeculation",
     "Piece",
     "SamplingParams",
     "VisionConfig",

@@ -23,9 +23,9 @@ class EngineConfig:
     """Bytes for keys and values; None = `max_num_seqs` sequences of `max_model_len` tokens. The memory is taken as it fills."""
     kv_dtype: str | None = None
     """`float32`, `bfloat16` or `int8`; None = the model's `kv_dtype`, else float32."""
-    page_size: int = 64
-    """Tokens per page, 16 to 256 in powers of two. The kernels read keys in pieces of 32, which smaller pages would cut; larger pages
-    make a shared prefix end earlier and waste more behind a sequence's last token."""
+    page_size: int = 16
+    """Tokens per page, 16 to 256 in powers of two. Prefixes are shared in whole pages: with 64, a known prompt of 128 tokens would be
+    half computed again, with 16 an eighth. Attention over pages of 16 takes 5 to 10 % longer than over 64 (16 heads, 4096 tokens)."""
     max_step_tokens: int = 512
     """Prompt tokens of a step while nothing decodes."""
     max_step_tokens_beside_decodes: int = 64

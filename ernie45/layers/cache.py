@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ShapeError
-from ernie45.kernels.attention import KvPages, Sequences, Stores
+from ernie45.kernels.attention import KvPages, Sequences
 
 _FIRST_CAPACITY = 64
 
@@ -135,7 +135,7 @@ class AttentionView:
         )
 
     @cached_property
-    def stores(self) -> tuple[Stores, ...]:
+    def stores(self) -> tuple[tuple[KvPages, ...], ...]:
         """By layer, the caches as the attention kernels want them, with room for the step; nothing without caches."""
         pages = (cache.pages(fresh) for cache, fresh in zip(self.caches or (), self.lengths, strict=False))
         return tuple(zip(*pages, strict=True))
@@ -196,9 +196,9 @@ class PagedView(AttentionView):
         )
 
     @cached_property
-    def stores(self) -> tuple[Stores, ...]:
-        """By layer, the page pool."""
-        return self.pools
+    def stores(self) -> tuple[tuple[KvPages, ...], ...]:
+        """By layer, the one store of all sequences."""
+        return tuple((pool,) for pool in self.pools)
 
     def _starts(self) -> list[int]:
         return list(self.starts)

@@ -142,3 +142,390 @@ def test_thirty_two_together_give_what_each_gives_alone(
             if exact
             else pytest.approx([p.logprob for p in theirs.logprobs], abs=1e-5)
         )
+
+
+def test_under_pressure_sequences_are_interrupted_and_nothing_changes(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any
+) -> None:
+    model = network("moe")
+    config = replace(
+        SMALL, kv_cache_memory=10 * 16 * 2 * 3 * 2 * 16 * 4, max_step_tokens=9, max_step_tokens_beside_decodes=5
+    )
+    driver = drive(Engine(model, tokenizer, config))
+    prompts = [tokens(i, 40 + i) for i in range(6)]
+    params = SamplingParams(seed=5, max_tokens=40, ignore_eos=True, prompt_logprobs=0)
+    for i, prompt in enumerate(prompts):  # each takes the pages of the one before, some in the middle of its prompt
+        driver.add(str(i), prompt, params, priority=i)
+        for _ in range(5 * i):
+            driver.step()
+    driver.run()
+    assert driver.engine.stats().preemptions > 3
+    for i, prompt in enumerate(prompts):
+        expected = reference(model, tokenizer, prompt, replace(params, prompt_logprobs=None))
+        assert driver.completion(str(i)) == replace(driver.completion(str(i)), ids=tuple(p.ids[0] for p in expected))
+        assert len(driver.scores[str(i)].logprobs) == len(prompt) - 1
+
+
+def test_prefixes_of_prompts_and_outputs_are_found(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:
+    model = network("packed-moe")
+    driver = drive(Engine(model, tokenizer, SMALL))
+    prompt = tokens(1, 40)
+    driver.add("first", prompt, GREEDY)
+    driver.run()
+    turn = [*prompt, *driver.ids("first"), *tokens(2, 5)]
+    driver.add("second", turn, GREEDY)
+    driver.add("same", prompt, GREEDY)
+    driver.run()
+    assert [driver.ends[name].usage.cached_tokens for name in ("first", "same", "second")] == [0, 32, 48]
+    assert driver.ids("same") == driver.ids("first")
+    assert driver.ids("second") == [i for p in reference(model, tokenizer, turn, GREEDY) for i in p.ids]
+    assert driver.engine.stats().cached_tokens == 80
+    driver.engine.forget_prefixes()
+    driver.add("forgotten", prompt, GREEDY)
+    driver.run()
+    assert driver.ends["forgotten"].usage.cached_tokens == 0
+    off = drive(Engine(model, tokenizer, replace(SMALL, prefix_cache=False)))
+    for name in ("one", "two"):
+        off.add(name, prompt, GREEDY)
+        off.run()
+        assert off.ends[name].usage.cached_tokens == 0
+
+
+def test_tenants_do_not_see_each_others_prefixes(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:
+    driver = drive(Engine(network("dense"), tokenizer, SMALL))
+    prompt = tokens(1, 40)
+    for name, fields in (
+        ("a", {"tenant": "A"}), ("a again", {"tenant": "A"}), ("b", {"tenant": "B"}), ("salted", {"tenant": "A", "cache_salt": "x"}),
+        ("b with A's salt", {"tenant": "B", "cache_salt": "A"}),
+    ):  # fmt: skip
+        driver.add(name, prompt, GREEDY, **fields)
+        driver.run()
+    cached = {name: end.usage.cached_tokens for name, end in driver.ends.items()}
+    assert cached == {"a": 0, "a again": 32, "b": 0, "salted": 0, "b with A's salt": 32}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_guesses_save_steps_and_change_nothing(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, temperature: float
+) -> None:
+    model = network("packed-dense")
+    motif = tokens(4, 6)
+    params = SamplingParams(
+        temperature=temperature, seed=1, max_tokens=60, ignore_eos=True, logit_bias=dict.fromkeys(motif, 6.0)
+    )
+    runs = {}
+    for name, speculation in (("plain", None), ("guessing", NgramSpeculation(max_tokens=5, min_ngram=1))):
+        driver = drive(Engine(model, tokenizer, replace(SMALL, speculation=speculation)))
+        driver.add("x", motif * 3, params)
+        runs[name] = driver.run()
+    assert runs["plain"].outputs == runs["guessing"].outputs
+    plain, guessing = (runs[name].engine.stats() for name in ("plain", "guessing"))
+    assert plain.acceptance_rate is None
+    assert guessing.acceptance_rate is not None
+    assert 0 < guessing.acceptance_rate <= 1
+    assert guessing.steps == plain.steps - guessing.accepted_tokens
+    usage = runs["guessing"].ends["x"].usage
+    assert (usage.drafted_tokens, usage.accepted_tokens) == (guessing.drafted_tokens, guessing.accepted_tokens)
+
+
+def test_prompt_log_probabilities_with_and_without_a_known_prefix(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any
+) -> None:
+    model = network("moe")
+    driver = drive(Engine(model, tokenizer, replace(SMALL, max_step_tokens=13)))
+    prompt = tokens(1, 50)
+    driver.add("fills the cache", prompt, GREEDY)
+    driver.run()
+    for name in ("one", "two"):
+        driver.add(name, prompt, replace(GREEDY, prompt_logprobs=3, n=2))
+    driver.add("short", prompt[:1], replace(GREEDY, prompt_logprobs=3))
+    driver.run()
+    with torch.inference_mode():
+        expected = model(torch.tensor([prompt]))[0, :, : tokenizer.vocab_size].log_softmax(-1)
+    for name in ("one", "two"):
+        scores = driver.scores[name].logprobs
+        assert [score.id for score in scores] == prompt[1:]
+        for at, score in enumerate(scores):
+            assert score.logprob == pytest.approx(float(expected[at, prompt[at + 1]]), abs=1e-4)
+            assert score.top[0][1] == pytest.approx(float(expected[at].max()), abs=1e-4)
+            assert len(score.top) == 3
+        assert driver.ids(name) == driver.ids(name, 1) == driver.ids("fills the cache")
+    assert "short" not in driver.scores
+
+
+def test_choices_are_what_their_seeds_give(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:
+    model, prompt = network("packed-moe"), tokens(3, 35)
+    driver = drive(Engine(model, tokenizer, SMALL))
+    params = SamplingParams(seed=11, n=3, max_tokens=9, ignore_eos=True)
+    driver.add("x", prompt, params)
+    driver.run()
+    for index in range(3):
+        alone = reference(model, tokenizer, prompt, SamplingParams(seed=11 + index, max_tokens=9, ignore_eos=True))
+        assert driver.ids("x", index) == [i for piece in alone for i in piece.ids]
+    assert driver.ends["x"].usage.completion_tokens == 27
+    assert len({tuple(driver.ids("x", index)) for index in range(3)}) == 3
+
+
+def test_best_of_returns_the_most_probable_choices(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:
+    model, prompt = network("dense"), tokens(3, 10)
+    driver = drive(Engine(model, tokenizer, SMALL))
+    params = SamplingParams(seed=11, n=2, best_of=6, max_tokens=9, logprobs=0)
+    driver.add("x", prompt, params)
+    driver.run()
+    everything = [
+        reference(model, tokenizer, prompt, replace(params, seed=11 + i, n=1, best_of=None)) for i in range(6)
+    ]
+
+    def mean(pieces: Any) -> float:
+        return sum(p.logprobs[0].logprob for p in pieces) / len(pieces)
+
+    best = sorted(everything, key=mean, reverse=True)[:2]
+    assert [driver.ids("x", i) for i in range(2)] == [[i for p in pieces for i in p.ids] for pieces in best]
+    assert driver.completion("x").finish_reason is not None
+    assert ("x", 2) not in driver.outputs
+    assert driver.ends["x"].usage.completion_tokens == sum(len(pieces) for pieces in everything)
+
+
+def test_an_abort_gives_the_pages_back_at_once(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:
+    driver = drive(Engine(network("dense"), tokenizer, replace(SMALL, max_num_seqs=2)))
+    for name in ("running", "other", "waiting"):
+        driver.add(name, tokens(1, 30), replace(GREEDY, max_tokens=30))
+    for _ in range(3):
+        driver.step()
+    before = driver.engine.stats().pages.in_use
+    assert driver.engine.abort("running")
+    assert driver.engine.stats().pages.in_use < before
+    assert driver.engine.abort("waiting")
+    assert not driver.engine.abort("waiting"), "it has ended"
+    assert not driver.engine.abort("nobody")
+    driver.run()
+    assert {name: end.kind for name, end in driver.ends.items()} == {
+        "running": "aborted", "waiting": "aborted", "other": "finished",
+    }  # fmt: skip
+    assert driver.ends["waiting"].usage.completion_tokens == 0
+    assert driver.ends["running"].usage.completion_tokens == len(driver.ids("running")) > 0
+
+
+def test_a_paused_engine_computes_nothing_and_goes_on_as_if_nothing_was(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any
+) -> None:
+    model, prompt = network("dense"), tokens(1, 30)
+    now = [0.0]
+    driver = drive(Engine(model, tokenizer, SMALL, clock=lambda: now[0]))
+    driver.add("x", prompt, GREEDY)
+    driver.add("hurried", prompt, GREEDY, timeout_s=10)
+    driver.step()
+    driver.step()
+    driver.engine.pause()
+    assert driver.engine.paused
+    assert not driver.engine.has_work
+    before = driver.ids("x")
+    driver.add("late", prompt, GREEDY)
+    now[0] = 11.0
+    driver.step()
+    assert driver.ids("x") == before
+    assert driver.ends["hurried"].kind == "failed"
+    driver.engine.resume()
+    driver.run()
+    assert (
+        driver.ids("x") == driver.ids("late") == [i for p in reference(model, tokenizer, prompt, GREEDY) for i in p.ids]
+    )
+
+
+def test_time_runs_out_for_the_whole_request(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:
+    now = [100.0]
+    driver = drive(Engine(network("dense"), tokenizer, SMALL, clock=lambda: now[0]))
+    driver.add("x", tokens(1, 30), replace(GREEDY, n=3, temperature=1.0), timeout_s=2.5)
+    driver.add("patient", tokens(1, 30), GREEDY)
+    driver.step()
+    now[0] = 102.5
+    driver.run()
+    assert (driver.ends["x"].kind, driver.ends["x"].reason) == (
+        "failed", "the request did not end within its timeout of 2.5 s",
+    )  # fmt: skip
+    assert driver.ends["patient"].kind == "finished"
+
+
+class OnlyUntil:
+    """A mask: one id, until the output is so long; then it breaks or leaves nothing."""
+
+    def __init__(self, token: int, length: int, error: Exception | None = None) -> None:
+        self.token, self.length, self.error = token, length, error
+
+    def allowed(self, output: Sequence[int]) -> torch.Tensor | None:
+        allowed = torch.zeros(101, dtype=torch.bool)
+        if len(output) < self.length:
+            allowed[self.token] = True
+        elif self.error is not None:
+            raise self.error
+        return allowed
+
+
+def test_masks_are_obeyed_and_fail_their_request_alone(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, caplog: Any
+) -> None:
+    model, prompt = network("moe"), tokens(1, 20)
+    driver = drive(Engine(model, tokenizer, replace(SMALL, speculation=NgramSpeculation(min_ngram=1))))
+    params = replace(GREEDY, temperature=1.0, seed=1)
+    driver.add("obeys", prompt, params, new_mask=lambda: OnlyUntil(9, 100))
+    driver.add("blocked", prompt, params, new_mask=lambda: OnlyUntil(9, 4))
+    driver.add("broken", prompt, params, new_mask=lambda: OnlyUntil(9, 3, ValueError("out of grammar")))
+    driver.add("free", prompt, GREEDY)
+    driver.run()
+    assert driver.ids("obeys") == [9] * 12
+    assert driver.ids("blocked") == [9] * 4
+    assert driver.ends["blocked"].kind == driver.ends["broken"].kind == "failed"
+    assert "every token is banned" in driver.ends["blocked"].reason
+    assert driver.ends["broken"].reason == "out of grammar"
+    assert driver.ids("free") == [i for p in reference(model, tokenizer, prompt, GREEDY) for i in p.ids]
+
+
+def test_a_step_that_breaks_fails_its_requests_and_the_next_ones_live(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    model, prompt = network("dense"), tokens(1, 40)
+    driver = drive(Engine(model, tokenizer, SMALL))
+    driver.add("x", prompt, replace(GREEDY, n=2))
+    driver.step()
+
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "hidden", broken)
+        driver.step()
+    assert (driver.ends["x"].kind, driver.ends["x"].reason) == ("failed", "the model failed: out of luck")
+    assert "a step of 2 sequences failed" in caplog.text
+    driver.add("y", prompt, GREEDY)
+    driver.run()
+    assert driver.ids("y") == [i for p in reference(model, tokenizer, prompt, GREEDY) for i in p.ids]
+
+
+def test_logits_that_are_not_finite_end_only_their_request(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network("dense")
+    driver = drive(Engine(model, tokenizer, SMALL))
+    logits = model.logits
+
+    def spoiled(hidden: torch.Tensor) -> torch.Tensor:
+        out = logits(hidden).clone()
+        out[0] = float("nan")
+        return out
+
+    for name in ("bad", "good"):
+        driver.add(name, tokens(1, 10), GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "logits", spoiled)
+        driver.step()
+    driver.run()
+    assert driver.ends["bad"].kind == "failed"
+    assert "not finite" in driver.ends["bad"].reason
+    assert driver.ends["good"].kind == "finished"
+
+
+def test_int8_keys_and_values_take_half_and_stay_close(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any
+) -> None:
+    model, prompt = network("dense"), tokens(1, 50)
+    found = {}
+    for kv_dtype in ("float32", "int8"):
+        config = replace(SMALL, kv_dtype=kv_dtype, kv_cache_memory=200_000)
+        driver = drive(Engine(model, tokenizer, config))
+        driver.add("x", prompt, replace(GREEDY, prompt_logprobs=0))
+        driver.run()
+        found[kv_dtype] = driver.engine.stats().pages.total, [s.logprob for s in driver.scores["x"].logprobs]
+    assert found["int8"][0] == 200_000 // (16 * 2 * 3 * 2 * (16 + 4)) > 3 * found["float32"][0]
+    wide, narrow = (torch.tensor(found[name][1]) for name in ("float32", "int8"))
+    assert 0 < (wide - narrow).abs().max() < 0.1
+
+
+def test_loops_thoughts_and_bias_work_in_the_engine_as_in_the_generator(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any
+) -> None:
+    model = network("packed-dense")
+    driver = drive(Engine(model, tokenizer, replace(SMALL, speculation=NgramSpeculation(min_ngram=1))))
+    loop = ernie45.LoopDetection(repeats=4, max_pattern=3, min_tokens=8)
+    cases = {
+        "loop": SamplingParams(temperature=0, logit_bias={9: 100}, loop_detection=loop, max_tokens=40),
+        "thought": SamplingParams(seed=1, reasoning_max_tokens=5, max_tokens=20, ignore_eos=True),
+        "words": SamplingParams(seed=2, bad_words=("a", "bc"), stop=("zz",), max_tokens=40),
+    }
+    prompt = [*tokens(1, 20), 3]
+    for name, params in cases.items():
+        driver.add(name, prompt, params)
+    driver.run()
+    for name, params in cases.items():
+        assert driver.outputs[name, 0] == reference(model, tokenizer, prompt, params)
+    assert driver.completion("loop").finish_detail == "loop"
+    assert driver.ids("loop") == [9] * 8
+    assert driver.ids("thought")[5] == 4
+    assert driver.ends["thought"].usage.reasoning_tokens == 5
+
+
+def test_requests_that_do_not_fit_are_refused_and_not_taken(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any
+) -> None:
+    driver = drive(Engine(network("dense"), tokenizer, SMALL))
+    with pytest.raises(RequestError, match="prompt has 128 tokens, the model's context holds 128"):
+        driver.add("x", tokens(1, 128))
+    with pytest.raises(RequestError, match="prompt has 100 tokens and max_tokens is 29.*lower max_tokens to 28"):
+        driver.add("x", tokens(1, 100), SamplingParams(max_tokens=29))
+    with pytest.raises(RequestError, match="token ids from 5 to 101"):
+        driver.add("x", [5, 101])
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        driver.add("x", [])
+    with pytest.raises(RequestError, match="priority is 1.5"):
+        driver.add("x", [5], priority=1.5)
+    with pytest.raises(RequestError, match="timeout_s is 0"):
+        driver.add("x", [5], timeout_s=0)
+    assert not driver.engine.has_work
+    driver.add("x", [5], GREEDY)
+    with pytest.raises(RequestError, match="request id 'x' is in use"):
+        driver.add("x", [6], GREEDY)
+    driver.run()
+    driver.add("full", tokens(1, 100), SamplingParams(ignore_eos=True, seed=0))
+    driver.ends.clear()
+    driver.run()
+    assert len(driver.ids("full")) == 28
+
+
+def test_priority_reaches_the_scheduler(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:
+    driver = drive(Engine(network("dense"), tokenizer, replace(SMALL, max_num_seqs=1)))
+    for name, priority in (("low", 0), ("lower", -5), ("high", 5)):
+        driver.add(name, tokens(1, 10), GREEDY, priority=priority)
+    driver.run()
+    assert list(driver.ends) == ["high", "low", "lower"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"max_model_len": 1}, ConfigError, "max_model_len is 1, expected a whole number from 2 on"),
+        ({"max_model_len": 200_000}, ConfigError, "max_model_len is 200000, the model's context holds 131072"),
+        ({"max_num_seqs": 0}, ConfigError, "max_num_seqs is 0, expected a whole number from 1 to 4096"),
+        ({"page_size": 24}, ConfigError, "page_size is 24"),
+        ({"kv_dtype": "fp8"}, ConfigError, "kv_dtype is 'fp8', expected float32, bfloat16 or int8"),
+        ({"max_step_tokens": 0}, ConfigError, "max_step_tokens is 0"),
+        ({"max_step_tokens_beside_decodes": 1.5}, ConfigError, "max_step_tokens_beside_decodes is 1.5"),
+        ({"kv_cache_memory": 10_000}, CapacityError, "kv_cache_memory of 10000 bytes holds 0 tokens"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    network: Any, tokenizer: Tokenizer, fields: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Engine(network("dense"), tokenizer, EngineConfig(**fields))
+
+
+def test_networks_that_the_kernels_cannot_run_are_refused(small_model: Any, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="the model is bfloat16 on cpu, the engine computes in float32"):
+        Engine(small_model(dtype=torch.bfloat16), tokenizer)
+    with pytest.raises(ConfigError, match="head_dim is 8"):
+        Engine(small_model(head_dim=8), tokenizer)
+
+
+def test_defaults(network: Any, tokenizer: Tokenizer) -> None:
+    engine = Engine(network("packed-moe"), tokenizer)
+    assert (engine.config.max_model_len, engine.config.kv_dtype) == (8192, "bfloat16")
+    assert engine.stats().pages.total == 32 * 8192 // 16
