@@ -28,7 +28,7 @@ class EngineConfig:
     half computed again, with 16 an eighth. Attention over pages of 16 takes 5 to 10 % longer than over 64 (16 heads, 4096 tokens)."""
     max_step_tokens: int = 512
     """Prompt tokens of a step while nothing decodes."""
-    max_step_tokens_beside_decodes: int = 64
+    max_step_tokens_beside_decodes: int = 32
     """Prompt tokens and guesses of a step in which sequences decode: what a long prompt may slow them down."""
     prefix_cache: bool = True
     """Keep the pages of ended sequences and share them with prompts that begin alike."""

@@ -9,8 +9,8 @@ depends on seed and step alone: no state to carry, nothing to replay after a pre
 can be verified by sampling as always: a guess is right with the probability that the distribution gives it, which is
 what exact rejection sampling accepts of a draft without a distribution of its own.
 
-Probabilities are float64. Work on a vocabulary of 103424 that scales with its size is a softmax and a sum; filters sort
-only what can survive them.
+Probabilities are float64. What scales with the vocabulary of 103424 is an exponential and a sum; filters sort only what can
+survive them. NumPy, because one thread is enough for that and waking others is not free.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def sample(
         raise RequestError("the model's logits are not finite: the weights or the activations overflow in this dtype")
     if params.temperature == 0:
         return best_id
-    probs_V: Probs = ((logits_V.cpu() - best).double() / max(params.temperature, 1e-6)).softmax(-1).numpy()
+    # Not divided by their sum: filters and draw compare shares of it. The largest is 1.
+    probs_V: Probs = np.exp((values - np.float32(best)).astype(np.float64) / max(params.temperature, 1e-6))
     ids = _kept(probs_V, params)
     probs = probs_V if ids is None else probs_V[ids]
     cumulative: Probs = torch.from_numpy(probs).cumsum(-1).numpy()
@@ -136,7 +137,7 @@ def _kept(probs_V: Probs, params: SamplingParams) -> Ids | None:
     """Ids that min_p, top_k and top_p leave, ascending; None: all."""
     ids: Ids | None = None
     if params.min_p > 0:
-        ids = np.flatnonzero(probs_V >= params.min_p * probs_V.max())
+        ids = np.flatnonzero(probs_V >= params.min_p)
     if 0 < params.top_k < (len(probs_V) if ids is None else len(ids)):
         ids = _narrow(ids, _largest(probs_V if ids is None else probs_V[ids], params.top_k))
     if params.top_p < 1:
