@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ernie45.config.model import ModelConfig, MoeConfig, VisionConfig
     from ernie45.config.presets import preset, presets
     from ernie45.engine.config import EngineConfig
-    from ernie45.engine.drafts import NgramSpeculation
+    from ernie45.engine.drafts import MtpSpeculation, NgramSpeculation
     from ernie45.engine.generation import Completion, Piece
     from ernie45.engine.params import LoopDetection, SamplingParams
     from ernie45.engine.reference import generate, generate_batch
@@ -34,6 +34,7 @@ _HOME = {
     "LoopDetection": "ernie45.engine.params",
     "ModelConfig": "ernie45.config.model",
     "MoeConfig": "ernie45.config.model",
+    "MtpSpeculation": "ernie45.engine.drafts",
     "NgramSpeculation": "ernie45.engine.drafts",
     "Piece": "ernie45.engine.generation",
     "SamplingParams": "ernie45.engine.params",
@@ -59,6 +60,7 @@ __all__ = [
     "LoopDetection",
     "ModelConfig",
     "MoeConfig",
+    "MtpSpeculation",
     "NgramSpeculation",
     "Piece",
     "SamplingParams",

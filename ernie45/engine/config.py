@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from ernie45.engine.drafts import NgramSpeculation
+from ernie45.engine.drafts import MtpSpeculation, NgramSpeculation
 from ernie45.errors import CapacityError, ConfigError
 
 _DEFAULT_LENGTH = 8192
@@ -32,7 +32,7 @@ class EngineConfig:
     """Prompt tokens and guesses of a step in which sequences decode: what a long prompt may slow them down."""
     prefix_cache: bool = True
     """Keep the pages of ended sequences and share them with prompts that begin alike."""
-    speculation: NgramSpeculation | None = None
+    speculation: NgramSpeculation | MtpSpeculation | None = None
     """Guess and verify; None = off."""
 
     def __post_init__(self) -> None:

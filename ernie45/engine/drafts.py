@@ -1,4 +1,5 @@
-"""Guesses at the next tokens: what followed the last few tokens when they stood in the sequence before (prompt lookup).
+"""Guesses at the next tokens: what followed the last few tokens when they stood in the sequence before (prompt lookup), or what
+the model's multi-token prediction block says (computed by `runner.py`).
 
 Guesses cost the network a row each and never change an output: the engine samples as always and keeps a guess where it
 equals the sample (`sampling.py` says why that is exact rejection sampling).
@@ -29,6 +30,19 @@ class NgramSpeculation:
                 f"speculation with max_tokens {self.max_tokens} and n-grams of {self.min_ngram} to {self.max_ngram}: expected "
                 "1 to 64 tokens and 1 <= min_ngram <= max_ngram <= 16"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtpSpeculation:
+    """Guess with the model's multi-token prediction block, which runs along with every step."""
+
+    max_tokens: int = 1
+    """Guesses per step and sequence, 1 to 8. The published blocks are trained to look one token further; beyond that a block is fed
+    with its own guesses."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_tokens <= 8:
+            raise ConfigError(f"speculation with max_tokens {self.max_tokens}: expected 1 to 8 for a prediction block")
 
 
 class NgramDrafter:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ernie45.engine.config import EngineConfig, num_pages, resolve
-from ernie45.engine.drafts import NgramDrafter
+from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
 from ernie45.engine.generation import Generation, Piece, join
 from ernie45.engine.pages import Books, PagePool
 from ernie45.engine.prompts import check_ids, room_for_answer
@@ -29,11 +29,13 @@ from ernie45.engine.request import End, EndKind, Event, Output, PromptScores, Re
 from ernie45.engine.runner import Runner, kv_bytes_per_token
 from ernie45.engine.sampling import TokenLogprob, token_logprob
 from ernie45.engine.scheduler import Job, Scheduler, Work
-from ernie45.errors import Ernie45Error, RequestError
+from ernie45.errors import ConfigError, Ernie45Error, RequestError
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
 
 _logger = logging.getLogger(__name__)
+
+_STEP_ERRORS = (RuntimeError, MemoryError, Ernie45Error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,11 @@ class _Choice:
     held: list[Piece] = field(default_factory=list)
     """Pieces that wait for the choice among `best_of`."""
 
+    @property
+    def most_drafts(self) -> int:
+        """Guesses that could still become output besides the token that is sampled anyway."""
+        return max(self.generation.max_tokens - len(self.generation.output) - 1, 0)
+
 
 @dataclass(eq=False, kw_only=True)
 class _Entry:
@@ -94,15 +101,25 @@ class Engine:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Args: model: float32 activations on the CPU, plain or packed; the kernel leaves are put in, in place. clock: for
-            timeouts, in seconds.
+        """Args: model: float32 activations on the CPU, plain or packed; gets kernel leaves and loses its gradients, in place. clock:
+            seconds, for timeouts.
         Raises: ConfigError, CapacityError.
         """
         own = str(model.kv_dtype or model.dtype).removeprefix("torch.")
         self.config = resolve(config or EngineConfig(), context=model.config.max_position_embeddings, kv_dtype=own)
         assert self.config.kv_dtype is not None, "filled in by resolve"
-        count = num_pages(self.config, kv_bytes_per_token(model, self.config.kv_dtype))
-        self._runner = Runner(model, num_pages=count, page_size=self.config.page_size, kv_dtype=self.config.kv_dtype)
+        guesses = isinstance(self.config.speculation, MtpSpeculation)
+        if guesses and not model.config.num_nextn_predict_layers:
+            raise ConfigError("the model has no multi-token prediction block to guess with: use NgramSpeculation")
+        layers = model.config.num_hidden_layers + guesses
+        count = num_pages(self.config, kv_bytes_per_token(model, self.config.kv_dtype, layers))
+        self._runner = Runner(
+            model,
+            num_pages=count,
+            page_size=self.config.page_size,
+            kv_dtype=self.config.kv_dtype,
+            guesses=guesses,
+        )
         self._scheduler = Scheduler(
             PagePool(count, self.config.page_size, remembers=self.config.prefix_cache),
             max_num_seqs=self.config.max_num_seqs,
@@ -208,32 +225,29 @@ class Engine:
             deadline=math.inf if request.timeout_s is None else self._clock() + request.timeout_s,
             reads_cache=index > 0 or request.params.prompt_logprobs is None,
         )
-        drafter = None if self.config.speculation is None else NgramDrafter(self.config.speculation)
+        looks_up = self.config.speculation
+        drafter = NgramDrafter(looks_up) if isinstance(looks_up, NgramSpeculation) else None
         return _Choice(entry=entry, index=index, job=job, generation=generation, drafter=drafter)
 
     def _plan(self) -> tuple[Work, ...]:
-        if self.config.speculation is not None:
-            for job in self._scheduler.running:
-                choice = self._choices[job]
-                if job.decoding and choice.drafter is not None:
-                    left = choice.generation.max_tokens - len(choice.generation.output) - 1
-                    job.drafts = choice.drafter.propose(job.tokens)[: max(left, 0)]
+        for job in self._scheduler.running:
+            choice = self._choices[job]
+            if job.decoding and choice.drafter is not None:
+                job.drafts = choice.drafter.propose(job.tokens)[: choice.most_drafts]
         return self._scheduler.plan()
 
     def _run(self, work: Sequence[Work]) -> None:
         try:
             hidden_TH = self._runner.hidden(work)
             logits = self._runner.logits_to_sample(hidden_TH, work)
-        except (RuntimeError, MemoryError, Ernie45Error) as error:
-            # Which sequence it was cannot be told; the rest of the queue can go on.
-            _logger.exception("a step of %d sequences failed", len(work))
-            for entry in [self._choices[one.job].entry for one in work]:
-                self._end(entry, "failed", f"the model failed: {error}")
+        except _STEP_ERRORS as error:
+            self._fail(work, error)
             return
-        start = 0
+        going_on: list[tuple[Work, int]] = []
+        start, end = 0, 0
         for one, rows in zip(work, logits, strict=True):
+            start, end = end, end + one.num_tokens
             rows_TH = hidden_TH[start : start + one.count]
-            start += one.num_tokens
             choice = self._choices.get(one.job)
             if choice is None:  # its request ended with another choice of this step
                 continue
@@ -244,6 +258,28 @@ class Engine:
                 if not isinstance(error, RequestError):
                     _logger.exception("request %s failed", choice.entry.request.id)
                 self._end(choice.entry, "failed", str(error) or type(error).__name__)
+            going_on.append((one, start))
+        if isinstance(self.config.speculation, MtpSpeculation):
+            self._guess(hidden_TH, [(one, row) for one, row in going_on if one.job in self._choices])
+
+    def _guess(self, hidden_TH: Tensor, work: Sequence[tuple[Work, int]]) -> None:
+        """Let the prediction block follow the step and guess."""
+        assert isinstance(self.config.speculation, MtpSpeculation), "asked for with it alone"
+        if not work:
+            return
+        try:
+            guesses = self._runner.guess(hidden_TH, work, self.config.speculation.max_tokens)
+        except _STEP_ERRORS as error:
+            self._fail([one for one, _ in work], error)
+            return
+        for (one, _), drafts in zip(work, guesses, strict=True):
+            one.job.drafts = drafts[: self._choices[one.job].most_drafts]
+
+    def _fail(self, work: Sequence[Work], error: Exception) -> None:
+        """End the requests of a step that broke: which sequence it was cannot be told; the rest of the queue can go on."""
+        _logger.error("a step of %d sequences failed", len(work), exc_info=error)
+        for entry in [self._choices[one.job].entry for one in work]:
+            self._end(entry, "failed", f"the model failed: {error}")
 
     def _advance(self, choice: _Choice, work: Work, logits_RV: Tensor) -> None:
         """Sample behind the last known token and behind every guess that was right; publish; give pages back at the end."""

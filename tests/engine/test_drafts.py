@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ernie45.engine.drafts import NgramDrafter, NgramSpeculation
+from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
 from ernie45.errors import ConfigError
 
 
@@ -35,6 +35,11 @@ def test_success_makes_bold_and_failure_careful() -> None:
         lengths.append(len(drafter.propose(tokens)))
         drafter.learn(drafted, accepted)
     assert [*lengths, len(drafter.propose(tokens))] == [8, 8, 4, 2, 1, 1, 2, 4]
+
+
+def test_a_block_guesses_one_to_eight_tokens() -> None:
+    with pytest.raises(ConfigError, match="speculation with max_tokens 9: expected 1 to 8"):
+        MtpSpeculation(max_tokens=9)
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 0}, {"min_ngram": 0}, {"min_ngram": 5}, {"max_ngram": 17}])

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 import ernie45
 from ernie45 import SamplingParams
 from ernie45.engine.config import EngineConfig
-from ernie45.engine.drafts import NgramSpeculation
+from ernie45.engine.drafts import MtpSpeculation, NgramSpeculation
 from ernie45.engine.engine import Engine
 from ernie45.errors import CapacityError, ConfigError, RequestError
+from ernie45.layers.cache import AttentionView
 from ernie45.processing.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -54,7 +55,7 @@ MIX = {
     "spare_pages": st.sampled_from([0, 2, 40]),
     "max_num_seqs": st.sampled_from([1, 3, 8]),
     "prefix_cache": st.booleans(),
-    "speculate": st.booleans(),
+    "speculation": st.sampled_from([None, NgramSpeculation(min_ngram=1), MtpSpeculation(max_tokens=3)]),
     "aborts": st.lists(st.tuples(st.integers(0, 6), st.integers(1, 20)), max_size=2),
 }
 
@@ -66,7 +67,8 @@ def test_any_mix_gives_every_request_what_the_generator_gives_it(
     network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, name: str, mix: dict[str, Any]
 ) -> None:
     model = network(name)
-    page_bytes = 16 * 2 * 3 * 2 * 16 * (2 if name.startswith("packed") else 4)
+    layers = 4 if isinstance(mix["speculation"], MtpSpeculation) else 3
+    page_bytes = 16 * 2 * layers * 2 * 16 * (2 if name.startswith("packed") else 4)
     config = EngineConfig(
         max_model_len=112,
         page_size=16,
@@ -75,7 +77,7 @@ def test_any_mix_gives_every_request_what_the_generator_gives_it(
         max_step_tokens=mix["chunk"],
         max_step_tokens_beside_decodes=mix["beside"],
         prefix_cache=mix["prefix_cache"],
-        speculation=NgramSpeculation(min_ngram=1) if mix["speculate"] else None,
+        speculation=mix["speculation"],
     )
     driver = drive(Engine(model, tokenizer, config))
     assert driver.engine.stats().pages.total == 7 + mix["spare_pages"]
@@ -226,6 +228,57 @@ def test_guesses_save_steps_and_change_nothing(
     assert guessing.steps == plain.steps - guessing.accepted_tokens
     usage = runs["guessing"].ends["x"].usage
     assert (usage.drafted_tokens, usage.accepted_tokens) == (guessing.drafted_tokens, guessing.accepted_tokens)
+
+
+@pytest.mark.parametrize("name", ["moe", "packed-dense"])
+def test_the_prediction_block_guesses_what_it_guesses_of_the_whole_sequence(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, name: str
+) -> None:
+    """Prompts in pieces, several sequences, guesses that are mostly wrong: its pages hold what a single pass gives."""
+    model = network(name)
+    config = replace(SMALL, speculation=MtpSpeculation(max_tokens=2), max_step_tokens=11, kv_dtype="float32")
+    driver = drive(Engine(model, tokenizer, config))
+    for i in range(3):
+        driver.add(str(i), tokens(i, 9 * i + 4), replace(GREEDY, max_tokens=8 + i))
+    compared = 0
+    while driver.engine.has_work:
+        driver.step()
+        for job in driver.engine._scheduler.running:
+            if not job.drafts:
+                continue
+            ids, num = torch.tensor(job.tokens), len(job.tokens) - 1
+            view = AttentionView(lengths=(num,))
+            with torch.inference_mode():
+                hidden = model.hidden(ids[:num], view)
+                states = model.model.mtp(hidden, ids[1:], torch.arange(num), view)
+                first = int(model.mtp_logits(states[-1:]).argmax())
+            assert job.drafts[0] == first
+            compared += 1
+    assert compared > 20
+    assert driver.engine.stats().drafted_tokens > compared
+
+
+def test_a_prediction_block_that_is_right_saves_steps(
+    small_model: Any, tokenizer: Tokenizer, tokens: Any, drive: Any
+) -> None:
+    """Layers that add nothing make the next token a function of the last; a block that copies then guesses it."""
+    model = small_model(mtp=1, seed=5)
+    with torch.no_grad():
+        for layer in (*model.model.layers, *model.model.mtp_block):
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        width = model.config.hidden_size
+        model.model.mtp_linear_proj[0].weight.copy_(torch.cat((torch.eye(width), torch.zeros(width, width)), dim=1))
+    for count, most_steps in ((1, 1 + 12), (3, 1 + 7)):  # 24 tokens behind the first; guesses end where a page does
+        driver = drive(Engine(model, tokenizer, replace(SMALL, speculation=MtpSpeculation(max_tokens=count))))
+        driver.add("x", tokens(1, 20), replace(GREEDY, max_tokens=25))
+        driver.run()
+        assert driver.ids("x") == [
+            i for p in reference(model, tokenizer, tokens(1, 20), replace(GREEDY, max_tokens=25)) for i in p.ids
+        ]
+        stats = driver.engine.stats()
+        assert stats.acceptance_rate == 1
+        assert stats.steps <= most_steps
 
 
 def test_prompt_log_probabilities_with_and_without_a_known_prefix(
@@ -508,14 +561,15 @@ def test_priority_reaches_the_scheduler(network: Any, tokenizer: Tokenizer, toke
         ({"kv_dtype": "fp8"}, ConfigError, "kv_dtype is 'fp8', expected float32, bfloat16 or int8"),
         ({"max_step_tokens": 0}, ConfigError, "max_step_tokens is 0"),
         ({"max_step_tokens_beside_decodes": 1.5}, ConfigError, "max_step_tokens_beside_decodes is 1.5"),
+        ({"speculation": MtpSpeculation()}, ConfigError, "the model has no multi-token prediction block"),
         ({"kv_cache_memory": 10_000}, CapacityError, "kv_cache_memory of 10000 bytes holds 0 tokens"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
-    network: Any, tokenizer: Tokenizer, fields: dict[str, Any], error: type[Exception], message: str
+    small_model: Any, tokenizer: Tokenizer, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        Engine(network("dense"), tokenizer, EngineConfig(**fields))
+        Engine(small_model(), tokenizer, EngineConfig(**fields))
 
 
 def test_networks_that_the_kernels_cannot_run_are_refused(small_model: Any, tokenizer: Tokenizer) -> None:
