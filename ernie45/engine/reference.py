@@ -1,7 +1,7 @@
 """The reference generator: the shortest correct way from a prompt to text.
 
-It serves `ernie chat` until the engine does, and stays as that engine's oracle. One step is: run the new tokens of
-every sequence, sample, append; sequences of a batch share the step and nothing else.
+It serves `ernie chat`, and is the engine's oracle: the two share `generation.py` and nothing else. One step is: run the new
+tokens of every sequence, sample, append; sequences of a batch share the step and nothing else.
 """
 
 from __future__ import annotations

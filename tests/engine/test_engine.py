@@ -62,7 +62,8 @@ MIX = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 @given(mix=st.fixed_dictionaries(MIX))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Always the same examples: in plain networks a last bit of torch's products could move one of a million tokens.
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_mix_gives_every_request_what_the_generator_gives_it(
     network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, name: str, mix: dict[str, Any]
 ) -> None:
@@ -304,6 +305,25 @@ def test_prompt_log_probabilities_with_and_without_a_known_prefix(
             assert len(score.top) == 3
         assert driver.ids(name) == driver.ids(name, 1) == driver.ids("fills the cache")
     assert "short" not in driver.scores
+
+
+def test_a_prompt_interrupted_while_it_is_scored_is_scored_once(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any
+) -> None:
+    model, prompt = network("packed-moe"), tokens(1, 60)
+    found = []
+    for interrupted in (False, True):
+        driver = drive(Engine(model, tokenizer, replace(SMALL, max_num_seqs=1, max_step_tokens=9)))
+        driver.add("x", prompt, replace(GREEDY, prompt_logprobs=2))
+        for _ in range(3):
+            driver.step()
+        if interrupted:
+            driver.add("urgent", tokens(2, 10), GREEDY, priority=1)
+        driver.run()
+        assert driver.engine.stats().preemptions == interrupted
+        found.append((driver.scores["x"].logprobs, driver.outputs["x", 0]))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 59
 
 
 def test_choices_are_what_their_seeds_give(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:

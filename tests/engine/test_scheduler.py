@@ -111,6 +111,17 @@ def test_admission_asks_for_all_pages_of_a_prompt_and_nobody_overtakes() -> None
     assert {*play.finished} == {first, large, small}
 
 
+def test_one_page_is_kept_for_every_sequence_that_runs() -> None:
+    play = Simulation(num_pages=8, beside=32)
+    first = play.add(16, 8)
+    play.step()
+    second = play.add(12, 2)
+    play.step()
+    assert not second.pages, "three pages are free, but the first one is about to need the next"
+    play.run()
+    assert (first.num_preemptions, second.num_preemptions) == (0, 0)
+
+
 def test_at_most_so_many_run() -> None:
     play = Simulation(seqs=2)
     jobs = [play.add(3) for _ in range(4)]
@@ -222,8 +233,13 @@ def test_a_known_prefix_is_not_computed_again_but_for_the_last_token() -> None:
 
 
 def test_equal_prompts_at_once_are_computed_once() -> None:
-    play = Simulation(alone=8)
+    play = Simulation(alone=60)  # room for all three in the first step
     prompt = list(range(19))
+    jobs = [play.add(prompt) for _ in range(3)]
+    urgent = play.add(prompt, priority=1)
+    urgent_work = counts(play.step())
+    assert urgent_work == {urgent: 19}
+    play = Simulation(alone=60)
     jobs = [play.add(prompt) for _ in range(3)]
     computed = dict.fromkeys(jobs, 0)
     while any(job.computed < 19 for job in jobs) and len(play.finished) < 3:
