@@ -14,8 +14,12 @@ if TYPE_CHECKING:
     from ernie45.config.count import count_parameters
     from ernie45.config.model import ModelConfig, MoeConfig, VisionConfig
     from ernie45.config.presets import preset, presets
-    from ernie45.engine.reference import Completion, Piece, generate, generate_batch
-    from ernie45.engine.sampling import SamplingParams
+    from ernie45.engine.config import EngineConfig
+    from ernie45.engine.drafts import MtpSpeculation, NgramSpeculation
+    from ernie45.engine.generation import Completion, Piece
+    from ernie45.engine.params import LoopDetection, SamplingParams
+    from ernie45.engine.reference import generate, generate_batch
+    from ernie45.llm import LLM, Answer
     from ernie45.store.api import load_model, load_tokenizer, save_model
     from ernie45.store.convert import convert
     from ernie45.store.pull import pull
@@ -23,11 +27,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Completion": "ernie45.engine.reference",
+    "LLM": "ernie45.llm",
+    "Answer": "ernie45.llm",
+    "Completion": "ernie45.engine.generation",
+    "EngineConfig": "ernie45.engine.config",
+    "LoopDetection": "ernie45.engine.params",
     "ModelConfig": "ernie45.config.model",
     "MoeConfig": "ernie45.config.model",
-    "Piece": "ernie45.engine.reference",
-    "SamplingParams": "ernie45.engine.sampling",
+    "MtpSpeculation": "ernie45.engine.drafts",
+    "NgramSpeculation": "ernie45.engine.drafts",
+    "Piece": "ernie45.engine.generation",
+    "SamplingParams": "ernie45.engine.params",
     "VisionConfig": "ernie45.config.model",
     "convert": "ernie45.store.convert",
     "count_parameters": "ernie45.config.count",
@@ -43,9 +53,15 @@ _HOME = {
 }
 
 __all__ = [
+    "LLM",
+    "Answer",
     "Completion",
+    "EngineConfig",
+    "LoopDetection",
     "ModelConfig",
     "MoeConfig",
+    "MtpSpeculation",
+    "NgramSpeculation",
     "Piece",
     "SamplingParams",
     "VisionConfig",

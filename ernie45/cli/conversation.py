@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import ernie45
 from ernie45.cli.answer import Answer
 from ernie45.cli.output import note
-from ernie45.engine.reference import prompt_ids
+from ernie45.engine.prompts import prompt_ids
 from ernie45.errors import RequestError
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer

@@ -1,1 +1,1 @@
-"""Generation: sampling and the reference generator."""
+"""Generation: sampling, the reference generator, and the engine that serves many requests at once."""

@@ -1,57 +1,28 @@
 """The reference generator: the shortest correct way from a prompt to text.
 
-It serves `ernie chat` until the engine does, and stays as that engine's oracle. One step is: run the new tokens of
-every sequence, sample, append; sequences of a batch share the step and nothing else.
+It serves `ernie chat`, and is the engine's oracle: the two share `generation.py` and nothing else. One step is: run the new
+tokens of every sequence, sample, append; sequences of a batch share the step and nothing else.
 """
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ernie45.engine.sampling import SamplingParams, TokenLogprob, sample, token_logprob
-from ernie45.engine.stops import StopChecker
+from ernie45.engine.generation import Completion, Generation, Piece, join
+from ernie45.engine.params import SamplingParams
+from ernie45.engine.prompts import Prompt, check_ids, prompt_ids, room_for_answer
 from ernie45.errors import RequestError
 from ernie45.layers.cache import AttentionView, KVCache
 from ernie45.models.text import CausalLM
-from ernie45.processing.detokenizer import Detokenizer
 from ernie45.processing.tokenizer import Tokenizer
-
-FinishReason = Literal["stop", "length"]
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text that is continued as it stands, token ids, or chat messages (rendered with the tokenizer's template)."""
 
 PREFILL_CHUNK = 512
 """Prompt tokens per step: bounds the activations that a long prompt needs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one step adds to an output; the last piece carries the finish reason."""
-
-    text: str
-    ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    """The stop string or end token that was met."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A whole output."""
-
-    text: str
-    ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    logprobs: tuple[TokenLogprob, ...] = ()
-    stop_reason: str | int | None = None
 
 
 def generate(
@@ -103,45 +74,7 @@ def generate_batch(
             pieces[i].append(sequences[i].accept(logits))
         if progress is not None:
             progress(sum(sequence.finished for sequence in sequences), len(sequences))
-    return [_join(sequence, parts) for sequence, parts in zip(sequences, pieces, strict=True)]
-
-
-def prompt_ids(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    thinking: bool | None = None,
-) -> list[int]:
-    """Token ids of a prompt in any of its forms. Raises: RequestError for an empty one."""
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
-    elif all(isinstance(item, int) for item in prompt):
-        ids = [item for item in prompt if isinstance(item, int)]
-    else:
-        messages = [item for item in prompt if not isinstance(item, int)]
-        if len(messages) != len(prompt):
-            raise RequestError("the prompt mixes token ids and messages: give one kind")
-        ids = tokenizer.encode(tokenizer.render(messages, tools=tools, thinking=thinking))
-    if not ids:
-        raise RequestError("the prompt is empty: give at least one token")
-    return ids
-
-
-def room_for_answer(num_prompt: int, max_tokens: int | None, limit: int) -> int:
-    """Tokens that a context of `limit` leaves behind a prompt. Raises: RequestError if the request does not fit."""
-    room = limit - num_prompt
-    if room < 1:
-        raise RequestError(
-            f"prompt has {num_prompt} tokens, the model's context holds {limit}: shorten the prompt to {limit - 1} tokens "
-            "or fewer, so that an answer has room"
-        )
-    if max_tokens is not None and max_tokens > room:
-        raise RequestError(
-            f"prompt has {num_prompt} tokens and max_tokens is {max_tokens}, the model's context holds {limit}: "
-            f"shorten the prompt, or lower max_tokens to {room}"
-        )
-    return room
+    return [join(parts, len(sequence.prompt)) for sequence, parts in zip(sequences, pieces, strict=True)]
 
 
 @dataclass
@@ -152,53 +85,30 @@ class _Sequence:
     tokenizer: Tokenizer
     prompt: list[int]
     params: SamplingParams
-    output: list[int] = field(default_factory=list)
-    finished: bool = False
+    generation: Generation = field(init=False)
+    cache: KVCache = field(init=False)
 
     def __post_init__(self) -> None:
-        limit, vocab = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        room = room_for_answer(len(self.prompt), self.params.max_tokens, limit)
-        if min(self.prompt) < 0 or max(self.prompt) >= vocab:
-            raise RequestError(
-                f"prompt holds token ids from {min(self.prompt)} to {max(self.prompt)}, "
-                f"the model knows 0 to {vocab - 1}"
-            )
-        self.max_tokens = self.params.max_tokens or room
-        self.seed = secrets.randbits(63) if self.params.seed is None else self.params.seed
-        self.cache: KVCache = self.model.new_cache(min(len(self.prompt) + min(self.max_tokens, 256), limit))
-        self.detokenizer = Detokenizer(self.tokenizer)
-        self.stops = StopChecker(self.params.stop)
-        ends = frozenset() if self.params.ignore_eos else self.tokenizer.stop_ids
-        self.end_ids = ends | set(self.params.stop_token_ids)
+        for name in ("n", "best_of", "prompt_logprobs"):
+            if getattr(self.params, name) not in (None, 1):
+                raise RequestError(
+                    f"{name} is {getattr(self.params, name)}: a plain generator gives one output and scores no prompt; use "
+                    "ernie45.LLM"
+                )
+        config = self.model.config
+        room = room_for_answer(len(self.prompt), self.params.max_tokens, config.max_position_embeddings)
+        check_ids(self.prompt, config.vocab_size)
+        max_tokens = self.params.max_tokens or room
+        self.generation = Generation(self.tokenizer, self.prompt, self.params, max_tokens=max_tokens)
+        self.cache = self.model.new_cache(len(self.prompt) + min(max_tokens, 256))
+
+    @property
+    def finished(self) -> bool:
+        return self.generation.finished
 
     def accept(self, logits_V: Tensor) -> Piece:
         """Sample from the logits behind the last token and add the result."""
-        # Published tables end in padding rows, which stand for no text.
-        logits_V = logits_V[: self.tokenizer.vocab_size]
-        too_early = len(self.output) < self.params.min_tokens
-        banned = sorted(i for i in self.end_ids if too_early and i < len(logits_V))
-        token = sample(logits_V, self.params, seed=self.seed, prompt=self.prompt, output=self.output, banned=banned)
-        logprobs = () if self.params.logprobs is None else (token_logprob(logits_V, token, self.params.logprobs),)
-        self.output.append(token)
-        if token in self.end_ids:
-            return self._finish("", token, logprobs, "stop", token)
-        text, stop = self.stops.push(self.detokenizer.push(token), armed=len(self.output) >= self.params.min_tokens)
-        if stop is not None:
-            self.finished = True
-            return Piece(text=text, ids=(token,), logprobs=logprobs, finish_reason="stop", stop_reason=stop)
-        if len(self.output) >= self.max_tokens:
-            return self._finish(text, token, logprobs, "length", None)
-        return Piece(text=text, ids=(token,), logprobs=logprobs)
-
-    def _finish(
-        self, text: str, token: int, logprobs: tuple[TokenLogprob, ...], reason: FinishReason, stop_reason: int | None
-    ) -> Piece:
-        self.finished = True
-        rest, stop = self.stops.push(self.detokenizer.finish(), armed=True)
-        rest = rest if stop is not None else rest + self.stops.finish()
-        if stop is not None:
-            return Piece(text=text + rest, ids=(token,), logprobs=logprobs, finish_reason="stop", stop_reason=stop)
-        return Piece(text=text + rest, ids=(token,), logprobs=logprobs, finish_reason=reason, stop_reason=stop_reason)
+        return self.generation.step(logits_V)
 
 
 def _stream(model: CausalLM, sequence: _Sequence) -> Iterator[Piece]:
@@ -244,19 +154,6 @@ def _prefill_steps(lengths: list[int], budget: int) -> Iterator[list[tuple[int, 
 @torch.inference_mode()
 def _decode(model: CausalLM, sequences: list[_Sequence]) -> Tensor:
     """One step of every sequence; logits (B, V)."""
-    ids = torch.tensor([sequence.output[-1] for sequence in sequences], device=model.device)
+    ids = torch.tensor([sequence.generation.output[-1] for sequence in sequences], device=model.device)
     view = AttentionView(lengths=(1,) * len(sequences), caches=tuple(sequence.cache for sequence in sequences))
     return model.logits(model.hidden(ids, view))
-
-
-def _join(sequence: _Sequence, pieces: list[Piece]) -> Completion:
-    last = pieces[-1]
-    assert last.finish_reason is not None, "a finished sequence ends with its reason"
-    return Completion(
-        text="".join(piece.text for piece in pieces),
-        ids=tuple(sequence.output),
-        finish_reason=last.finish_reason,
-        prompt_tokens=len(sequence.prompt),
-        logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
-        stop_reason=last.stop_reason,
-    )

@@ -114,6 +114,11 @@ class AttentionView:
         """T of the step."""
         return sum(self.lengths)
 
+    @property
+    def keeps(self) -> bool:
+        """Whether keys and values of the step are kept."""
+        return self.caches is not None
+
     @cached_property
     def sequences(self) -> Sequences:
         """The sequences as the attention kernels want them: each is one page, of its cache or of a store for the step."""
@@ -137,7 +142,7 @@ class AttentionView:
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Text positions of the step's tokens, int64 (T,): every sequence counts on from its cache."""
-        starts = [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
+        starts = self._starts()
         if max(self.lengths) == 1:  # decoding: one tensor instead of one per sequence
             return torch.tensor(starts, device=device)
         ranges = [torch.arange(start, start + n) for start, n in zip(starts, self.lengths, strict=True)]
@@ -147,3 +152,53 @@ class AttentionView:
         """Count the step's tokens in every cache."""
         for cache, length in zip(self.caches or (), self.lengths, strict=False):
             cache.commit(length)
+
+    def _starts(self) -> list[int]:
+        """Earlier tokens of each sequence."""
+        return [cache.length for cache in self.caches] if self.caches else [0] * len(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagedView(AttentionView):
+    """A step over sequences whose keys and values lie in one page pool; for networks with kernel leaves.
+
+    Nothing is counted here: how many tokens of a sequence are valid is known to the pool's owner, who says where to start.
+    """
+
+    starts: tuple[int, ...]
+    """Earlier tokens of each sequence."""
+    pages_BP: Tensor
+    """int32: the pages of each sequence in order, with room for its new tokens; rows are filled up with anything."""
+    pools: tuple[KvPages, ...]
+    """The store of each layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.caches is not None or len(self.starts) != len(self.lengths) or len(self.pages_BP) != len(self.lengths):
+            raise ShapeError(
+                f"{len(self.lengths)} sequences with {len(self.starts)} starts, {len(self.pages_BP)} rows of pages and "
+                f"{'no' if self.caches is None else 'some'} caches, expected as many of each and no caches"
+            )
+
+    @property
+    def keeps(self) -> bool:
+        """Always: in the pool."""
+        return True
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The sequences as the attention kernels want them."""
+        lengths = [start + fresh for start, fresh in zip(self.starts, self.lengths, strict=True)]
+        return Sequences(
+            fresh_B=torch.tensor(self.lengths, dtype=torch.int32),
+            lengths_B=torch.tensor(lengths, dtype=torch.int32),
+            pages_BP=self.pages_BP,
+        )
+
+    @cached_property
+    def stores(self) -> tuple[tuple[KvPages, ...], ...]:
+        """By layer, the one store of all sequences."""
+        return tuple((pool,) for pool in self.pools)
+
+    def _starts(self) -> list[int]:
+        return list(self.starts)

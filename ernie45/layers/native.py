@@ -56,7 +56,7 @@ class KernelAttentionCore(nn.Module):
 
     def forward(self, qkv_TX: Tensor, rotation_TJ: Tensor, view: AttentionView) -> Tensor:
         """(T, (N + 2 G) * D) -> (T, N * D)."""
-        stores = view.stores[self.layer_idx] if view.caches is not None else self._passing_store(view)
+        stores = view.stores[self.layer_idx] if view.keeps else self._passing_store(view)
         return attention.attend(qkv_TX, rotation_TJ, self.num_heads, stores, view.sequences, self.scale)
 
     def _passing_store(self, view: AttentionView) -> KvPages:

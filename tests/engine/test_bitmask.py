@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ernie45.engine.bitmask import apply_bitmask, new_bitmask
-from ernie45.engine.sampling import SamplingParams, sample
+from ernie45.engine.params import SamplingParams
+from ernie45.engine.sampling import sample
 from ernie45.errors import ShapeError
 from ernie45.layers.cache import AttentionView
 from ernie45.models.text import CausalLM

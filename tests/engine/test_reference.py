@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import ernie45
 from ernie45 import SamplingParams
 from ernie45.engine import reference
+from ernie45.engine.prompts import prompt_ids
 from ernie45.errors import RequestError
 from ernie45.processing.tokenizer import Tokenizer
 
@@ -211,9 +212,9 @@ def test_ignore_eos_goes_on(small_model: Any, tokenizer: Tokenizer) -> None:
 
 def test_messages_go_through_the_template(small_model: Any, tokenizer: Tokenizer) -> None:
     messages = [{"role": "user", "content": "hi"}]
-    rendered = reference.prompt_ids(tokenizer, messages)
+    rendered = prompt_ids(tokenizer, messages)
     assert rendered == tokenizer.encode(tokenizer.render(messages))
-    assert reference.prompt_ids(tokenizer, "hi") == tokenizer.encode("hi")
+    assert prompt_ids(tokenizer, "hi") == tokenizer.encode("hi")
 
 
 @pytest.mark.parametrize("prompt", ["", [], [[]]])

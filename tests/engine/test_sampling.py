@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie45.engine.sampling import SamplingParams, penalise, sample, token_logprob, uniform
+from ernie45.engine.params import SamplingParams
+from ernie45.engine.sampling import penalise, sample, token_logprob, uniform
 from ernie45.errors import RequestError
 
 

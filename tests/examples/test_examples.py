@@ -40,6 +40,14 @@ def test_chat(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "least certain" in capsys.readouterr().out
 
 
+def test_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _main("batch.py")(str(folder))
+    printed = capsys.readouterr().out
+    assert printed.count("?") >= 6
+    assert "prompt tokens were known" in printed
+    assert "second turn: 0 of" not in printed
+
+
 def test_convert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _main("convert.py")(str(folder), str(tmp_path / "out"))
     assert capsys.readouterr().out.count(": True") == 2

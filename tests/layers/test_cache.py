@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ernie45.errors import ShapeError
-from ernie45.layers.cache import AttentionView, KVCache
+from ernie45.kernels.attention import KvPages
+from ernie45.layers.cache import AttentionView, KVCache, PagedView
 
 
 def _filled(tokens: int) -> tuple[KVCache, torch.Tensor]:
@@ -81,3 +82,19 @@ def test_empty_sequences_are_refused(lengths: tuple[int, ...]) -> None:
 def test_caches_and_lengths_must_match() -> None:
     with pytest.raises(ShapeError, match="0 caches for 1 sequences"):
         AttentionView(lengths=(1,), caches=())
+
+
+def test_a_paged_view_counts_on_from_its_starts_and_has_one_store_per_layer() -> None:
+    keys, values = torch.zeros(2, 5, 2, 16, 16)
+    pool = KvPages(keys_PGWD=keys, values_PGWD=values)
+    pages = torch.tensor([[3, 1], [4, 0]], dtype=torch.int32)
+    view = PagedView(lengths=(2, 1), starts=(15, 3), pages_BP=pages, pools=(pool, pool))
+    assert view.keeps
+    assert view.positions().tolist() == [15, 16, 3]
+    assert view.sequences.lengths_B.tolist() == [17, 4]
+    assert view.sequences.pages_BP is pages
+    assert view.stores == ((pool,), (pool,))
+    view.commit()
+    assert view.positions().tolist() == [15, 16, 3], "the pool's owner counts"
+    with pytest.raises(ShapeError, match="2 sequences with 1 starts"):
+        PagedView(lengths=(2, 1), starts=(15,), pages_BP=pages, pools=(pool,))

@@ -1,0 +1,193 @@
+"""One output on its way: from logits to the next token, and from tokens to text, stops and an end.
+
+The reference generator and the engine both go through here, so they cannot sample or stop differently.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ernie45.engine.loops import LoopDetector
+from ernie45.engine.params import SamplingParams
+from ernie45.engine.sampling import LogitsMask, TokenLogprob, sample, token_logprob
+from ernie45.engine.stops import StopChecker
+from ernie45.engine.thinking import Thought, ThoughtMarkers
+from ernie45.errors import RequestError
+from ernie45.processing.detokenizer import Detokenizer
+from ernie45.processing.tokenizer import Tokenizer
+
+FinishReason = Literal["stop", "length"]
+FinishDetail = Literal["loop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """What one step adds to an output; the last piece carries the finish reason."""
+
+    text: str
+    ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    """The stop string or end token that was met."""
+    finish_detail: FinishDetail | None = None
+    """`loop`: broken off because the output repeats itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A whole output."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    stop_reason: str | int | None = None
+    finish_detail: FinishDetail | None = None
+
+
+class Generation:
+    """One choice of one request. `step` takes the logits behind prompt and output so far, and gives the next piece."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        choice: int = 0,
+        mask: LogitsMask | None = None,
+    ) -> None:
+        """Args: prompt: ids, checked before. max_tokens: length of the output at most. choice: its number among `n`.
+
+        Raises: RequestError for what the parameters ask and the tokenizer cannot do.
+        """
+        _check_ids(params, tokenizer.vocab_size)
+        self.prompt, self.params, self.max_tokens = prompt, params, max_tokens
+        self.output: list[int] = []
+        self.finished = False
+        self.logprob_sum = 0.0
+        """Of all output tokens; kept for `best_of` alone."""
+        self.thought = Thought(ThoughtMarkers.of(tokenizer), prompt, params.reasoning_max_tokens)
+        self._seed = secrets.randbits(62) + choice if params.seed is None else params.seed + choice
+        self._vocab_size = tokenizer.vocab_size
+        self._mask = mask
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopChecker(params.stop)
+        ends = frozenset() if params.ignore_eos else tokenizer.stop_ids
+        self._end_ids = ends | set(params.stop_token_ids)
+        self._bad_words = _bad_words(tokenizer, params.bad_words)
+        self._loops = None if params.loop_detection is None else LoopDetector(params.loop_detection)
+
+    def step(self, logits_V: Tensor) -> Piece:
+        """Choose the next token, add it, and say what it adds to the text. Raises: RequestError if none can be chosen."""
+        # Published tables end in padding rows, which stand for no text.
+        logits_V = logits_V[: self._vocab_size]
+        token = self._choose(logits_V)
+        logprobs: tuple[TokenLogprob, ...] = ()
+        if self.params.logprobs is not None:
+            logprobs = (token_logprob(logits_V, token, self.params.logprobs),)
+        if self.params.num_generated > self.params.n:
+            self.logprob_sum += (logprobs[0] if logprobs else token_logprob(logits_V, token, 0)).logprob
+        return self._accept(token, logprobs)
+
+    def _choose(self, logits_V: Tensor) -> int:
+        forced = self.thought.forced
+        if forced is not None:
+            return forced
+        banned = {words[-1] for words in self._bad_words if self._ends_with(words[:-1])}
+        if len(self.output) < self.params.min_tokens:
+            banned |= self._end_ids
+        return sample(
+            logits_V,
+            self.params,
+            seed=self._seed,
+            prompt=self.prompt,
+            output=self.output,
+            banned=sorted(i for i in banned if i < len(logits_V)),
+            allowed_V=None if self._mask is None else self._mask.allowed(self.output),
+        )
+
+    def _ends_with(self, tokens: Sequence[int]) -> bool:
+        return not tokens or self.output[-len(tokens) :] == tokens
+
+    def _accept(self, token: int, logprobs: tuple[TokenLogprob, ...]) -> Piece:
+        self.output.append(token)
+        self.thought.push(token)
+        looping = self._loops is not None and self._loops.push(self.output)
+        if token in self._end_ids:
+            return self._finish("", token, logprobs, "stop", stop_reason=token)
+        text, stop = self._stops.push(self._detokenizer.push(token), armed=len(self.output) >= self.params.min_tokens)
+        if stop is not None:
+            self.finished = True
+            return Piece(text=text, ids=(token,), logprobs=logprobs, finish_reason="stop", stop_reason=stop)
+        if looping:
+            return self._finish(text, token, logprobs, "stop", detail="loop")
+        if len(self.output) >= self.max_tokens:
+            return self._finish(text, token, logprobs, "length")
+        return Piece(text=text, ids=(token,), logprobs=logprobs)
+
+    def _finish(
+        self,
+        text: str,
+        token: int,
+        logprobs: tuple[TokenLogprob, ...],
+        reason: FinishReason,
+        *,
+        stop_reason: int | None = None,
+        detail: FinishDetail | None = None,
+    ) -> Piece:
+        """The last piece, with all text that was held back; a stop string that completes in it comes first."""
+        self.finished = True
+        rest, stop = self._stops.push(self._detokenizer.finish(), armed=True)
+        text += rest if stop is not None else rest + self._stops.finish()
+        if stop is not None:
+            return Piece(text=text, ids=(token,), logprobs=logprobs, finish_reason="stop", stop_reason=stop)
+        return Piece(
+            text=text,
+            ids=(token,),
+            logprobs=logprobs,
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            finish_detail=detail,
+        )
+
+
+def join(pieces: Sequence[Piece], num_prompt: int) -> Completion:
+    """The whole output that pieces make, the last of which ends it."""
+    last = pieces[-1]
+    assert last.finish_reason is not None, "a finished output ends with its reason"
+    return Completion(
+        text="".join(piece.text for piece in pieces),
+        ids=tuple(i for piece in pieces for i in piece.ids),
+        finish_reason=last.finish_reason,
+        prompt_tokens=num_prompt,
+        logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
+        stop_reason=last.stop_reason,
+        finish_detail=last.finish_detail,
+    )
+
+
+def _check_ids(params: SamplingParams, vocab_size: int) -> None:
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        unknown = [i for i in ids if i >= vocab_size]
+        if unknown:
+            raise RequestError(f"{name} holds id {unknown[0]}, the tokenizer knows 0 to {vocab_size - 1}")
+
+
+def _bad_words(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
+    """The token sequences that must not appear: each text at the beginning of a text and behind a space."""
+    found: list[list[int]] = []
+    for word in words:
+        for text in (word, f" {word}"):
+            ids = tokenizer.encode(text)
+            if ids and ids not in found:
+                found.append(ids)
+    return found
