@@ -156,7 +156,7 @@ class Runner:
                 last_BH = self._mtp(last_BH[room], fed, [jobs[at] for at in going_on], ahead, [1] * len(ahead))
             elif not going_on:
                 break
-            for at, token in zip(going_on, self._model.mtp_logits(last_BH).argmax(-1).tolist(), strict=True):
+            for at, token in zip(going_on, self._model.mtp_best(last_BH).tolist(), strict=True):
                 guesses[at].append(token)
         return guesses
 

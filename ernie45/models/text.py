@@ -158,6 +158,14 @@ class LmHead(nn.Module):
         """(T, H) -> (T, V)."""
         return F.linear(normed_TH, embedding_VH if self.weight is None else self.weight, self.bias)
 
+    def top(self, normed_TH: Tensor, embedding_VH: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` largest logits of each row and their ids, (T, count); of equal ones the lowest id first.
+
+        A call of its own, because a leaf with a kernel finds them without keeping the logits.
+        """
+        values, ids = self(normed_TH, embedding_VH).sort(dim=-1, descending=True, stable=True)
+        return values[:, :count], ids[:, :count]
+
 
 class CausalLM(nn.Module):
     """A language model: the decoder and its head. The head is a call of its own, so logits exist only where needed."""
@@ -207,8 +215,13 @@ class CausalLM(nn.Module):
 
     def mtp_logits(self, mtp_hidden_TH: Tensor, variant: MtpVariant | None = None) -> Tensor:
         """Logits of the token after next from the output of `TextModel.mtp`, (T, H) -> (T, V)."""
-        normed = (variant or MtpVariant()).final_norm_on_output
-        return self._head(self.model.norm(mtp_hidden_TH) if normed else mtp_hidden_TH)
+        return self._head(self._mtp_normed(mtp_hidden_TH, variant))
+
+    def mtp_best(self, mtp_hidden_TH: Tensor, variant: MtpVariant | None = None) -> Tensor:
+        """The ids of the largest `mtp_logits`, int64 (T,): what speculation guesses."""
+        normed_TH = self._mtp_normed(mtp_hidden_TH, variant)
+        ids: Tensor = self.lm_head.top(normed_TH, self.model.embed_tokens.weight, 1)[1][:, 0]
+        return ids
 
     def new_cache(self, capacity: int = 64) -> KVCache:
         """An empty cache for one sequence, with room for `capacity` tokens before it grows."""
@@ -233,6 +246,12 @@ class CausalLM(nn.Module):
             device=self.device,
             capacity=capacity,
         )
+
+    def _mtp_normed(self, mtp_hidden_TH: Tensor, variant: MtpVariant | None) -> Tensor:
+        out: Tensor = (
+            self.model.norm(mtp_hidden_TH) if (variant or MtpVariant()).final_norm_on_output else mtp_hidden_TH
+        )
+        return out
 
     def _head(self, normed_TH: Tensor) -> Tensor:
         out: Tensor = self.lm_head(normed_TH, self.model.embed_tokens.weight)

@@ -114,6 +114,10 @@ class PackedLmHead(nn.Module):
         """(T, H) -> (T, V)."""
         return packed.linear(normed_TH.contiguous(), self.matrix or embedding, self.bias)
 
+    def top(self, normed_TH: Tensor, embedding: PackedMatrix, count: int) -> tuple[Tensor, Tensor]:
+        """`LmHead.top` in one pass over the matrix."""
+        return packed.top(normed_TH.contiguous(), self.matrix or embedding, count, self.bias)
+
 
 def swap_leaves(model: nn.Module, tensors: Mapping[str, Matrices]) -> None:
     """Replace every leaf whose weights are given, in place; norms, routers and bias vectors stay as they are.

@@ -119,6 +119,20 @@ def test_quantized_network_is_the_network_with_dequantized_weights(
         assert max(float((a - b).abs().mean()) for a, b in zip(found, plain, strict=True)) < 0.02 * size
 
 
+@pytest.mark.parametrize("case", ["mixture, untied, mtp", "mixture, bias, mtp"])
+@torch.inference_mode()
+def test_the_best_token_is_that_of_the_logits(packed: Callable[..., Path], case: str) -> None:
+    folder = packed("wint4", **CASES[case])
+    hidden = torch.randn(30, 96, generator=torch.Generator().manual_seed(11))
+    for net in (load_model(folder), _dequantized(open_source(folder))):
+        logits, embedding = net.mtp_logits(hidden), net.model.embed_tokens.weight
+        assert torch.equal(net.mtp_best(hidden), logits.argmax(-1))
+        values, ids = net.lm_head.top(net.model.norm(hidden), embedding, 5)
+        expected, order = logits.sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(ids, order[:, :5])
+        assert torch.equal(values, expected[:, :5])
+
+
 @pytest.mark.parametrize("choice", ["reference", "native"])
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()
