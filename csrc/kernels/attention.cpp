@@ -16,7 +16,8 @@ namespace ernie45 {
 namespace {
 
 constexpr std::size_t kRows = 128;  // rows of a unit, so that a packed piece serves many
-// Values are widened beforehand for more tiles than this; widening them again for each costs an eighth of the multiply-adds.
+// int8 values are widened beforehand for more tiles than this: doing it again for each costs a third of the multiply-adds, against an
+// eighth for bfloat16.
 constexpr std::size_t kTilesInPlace = 2;
 // A unit that costs more than this share of a thread's work is divided by blocks.
 constexpr std::size_t kUnitsPerThread = 4;
@@ -188,16 +189,12 @@ class Attention {
         return {{type, keys.at, keys.scales, true}, {type, values.at, values.scales, true}};
     }
 
-    // float32 copies of `count` rows.
+    // float32 copies of `count` int8 rows.
     KvRows widen(const KvRows& rows, std::size_t count, Places& places) const {
         float* to = buffers().piece.floats(kPiece * dim_);
         for (std::size_t i = 0; i < count; ++i, to += dim_) {
             places.at[i] = to;
-            if (rows.type == KvType::kBfloat16) {
-                kernels_.widen_bfloat16(static_cast<const std::uint16_t*>(rows.at[i]), dim_, to);
-            } else {
-                kernels_.widen_int8(static_cast<const std::int8_t*>(rows.at[i]), rows.scales[i], dim_, to);
-            }
+            kernels_.widen_int8(static_cast<const std::int8_t*>(rows.at[i]), rows.scales[i], dim_, to);
         }
         return {KvType::kFloat32, places.at, places.scales, false};
     }
@@ -228,7 +225,7 @@ class Attention {
             kernels_.softmax(scores + row * kBlock, unit.row_keys(row, start), unit.tile_keys(row / kTileRows, start), part.maxima + row,
                              part.sums + row);
         }
-        const bool in_place = tiles <= kTilesInPlace || values.type == KvType::kFloat32;
+        const bool in_place = tiles <= kTilesInPlace || values.type != KvType::kInt8;
         for (std::size_t piece = 0; piece < count; piece += kPiece) {
             KvRows here = values.from(piece);
             if (!in_place) here = widen(here, std::min(kPiece, count - piece), buffers().keys);

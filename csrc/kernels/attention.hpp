@@ -10,7 +10,7 @@
 //
 // Keys are turned in registers so that a vector holds one dimension of 16 keys, in pieces of 32 keys that stay in the first-level
 // cache and serve all query heads of a group. Products then need no sums across lanes, which cost as much as half of the
-// multiply-adds. Values are widened where they lie; for many rows once per piece. While a piece is worked on, the next one is asked
+// multiply-adds. Values are widened where they lie. While a piece is worked on, the next one is asked
 // for, line by line between the multiply-adds.
 // Bytes moved by one decoded token: all keys and values of its sequence. Multiply-adds: 2 N D per key, which bounds prefill.
 #pragma once
@@ -85,7 +85,6 @@ struct KvRows {
 // What differs by instruction set. Queries and scores are arrays of rows with a fixed distance (kMaxHeadDim and kBlock), so that one
 // register addresses all rows of a tile.
 struct AttentionKernels {
-    void (*widen_bfloat16)(const std::uint16_t* x, std::size_t count, float* out);
     void (*widen_int8)(const std::int8_t* x, float scale, std::size_t count, float* out);
     // packed (count / 16, dim, 16) = keys; count is a multiple of 16, dim too.
     void (*pack)(const KvRows& keys, std::size_t count, std::size_t dim, float* packed);

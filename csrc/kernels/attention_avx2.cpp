@@ -153,7 +153,7 @@ void dots(const float* q, std::size_t rows, const float* k, std::size_t keys, st
 }  // namespace
 
 const AttentionKernels& avx2_attention() {
-    static constexpr AttentionKernels kernels{widen_bfloat16, widen_int8, pack, score, softmax, weigh, join, finish, dots};
+    static constexpr AttentionKernels kernels{widen_int8, pack, score, softmax, weigh, join, finish, dots};
     return kernels;
 }
 

@@ -17,6 +17,13 @@ void dots(const float* q, std::size_t rows, const float* k, std::size_t keys, st
     }
 }
 
+void widen_bfloat16(const std::uint16_t* x, std::size_t count, float* out) {
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::uint32_t bits = static_cast<std::uint32_t>(x[i]) << 16;
+        std::memcpy(out + i, &bits, sizeof bits);
+    }
+}
+
 void widen(const KvRows& rows, std::size_t index, std::size_t dim, float* out) {
     switch (rows.type) {
         case KvType::kFloat32: std::memcpy(out, rows.at[index], dim * sizeof(float)); return;
@@ -59,7 +66,7 @@ void weigh(const float* p, std::size_t rows, const KvRows& values, std::size_t k
 }  // namespace
 
 const AttentionKernels& baseline_attention() {
-    static constexpr AttentionKernels kernels{widen_bfloat16, widen_int8, pack, score, softmax, weigh, join, finish, dots};
+    static constexpr AttentionKernels kernels{widen_int8, pack, score, softmax, weigh, join, finish, dots};
     return kernels;
 }
 

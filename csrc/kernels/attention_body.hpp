@@ -12,13 +12,6 @@ namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-inline void widen_bfloat16(const std::uint16_t* x, std::size_t count, float* out) {
-    for (std::size_t i = 0; i < count; ++i) {
-        const std::uint32_t bits = static_cast<std::uint32_t>(x[i]) << 16;
-        std::memcpy(out + i, &bits, sizeof bits);
-    }
-}
-
 inline void widen_int8(const std::int8_t* x, float scale, std::size_t count, float* out) {
     for (std::size_t i = 0; i < count; ++i) out[i] = static_cast<float>(x[i]) * scale;
 }
@@ -43,13 +36,8 @@ inline void softmax(float* scores, std::size_t keys, std::size_t end, float* max
     for (std::size_t key = padded; key < end; ++key) scores[key] = 0;
     Lanes largest = all(kNone), total = all(0);
     for (std::size_t key = 0; key < padded; key += kLanes) largest = larger(largest, load(scores + key));
-    float lanes[kLanes];
-    store(lanes, largest);
-    for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
-        for (std::size_t i = 0; i < half; ++i) lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
-    }
-    *maximum = lanes[0];
-    largest = all(lanes[0]);
+    *maximum = largest_of(largest);
+    largest = all(*maximum);
     for (std::size_t key = 0; key < padded; key += kLanes) {
         const Lanes s = load(scores + key), p = zero_where(exponential(subtract(s, largest)), s, kNone);
         store(scores + key, p);

@@ -13,10 +13,20 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 
-// To the second-level cache: the first has too few requests under way to cover the latency of memory.
-inline void ask_for(const void* at, std::size_t from, std::size_t to) {
-    for (std::size_t byte = from; byte < to; byte += kLine) _mm_prefetch(static_cast<const char*>(at) + byte, _MM_HINT_T1);
-}
+// Asks for the lines of rows one by one, in their order: by columns, as the values are read, took 8 % longer. To the second-level cache:
+// the first has too few requests under way to cover the latency of memory.
+struct Ask {
+    const void* const* at;
+    std::size_t row_bytes, byte = 0;
+
+    void next() {
+        _mm_prefetch(static_cast<const char*>(*at) + byte, _MM_HINT_T1);
+        byte += kLine;
+        const bool ends = byte >= row_bytes;
+        at += ends;
+        byte = ends ? 0 : byte;
+    }
+};
 
 // Calls body(std::integral_constant<std::size_t, rows>).
 template <typename Body>
@@ -95,7 +105,10 @@ void score_tile(const float* q, const float* packed, const void* const* ahead, s
     for (std::size_t step = 0, d = 0; step < kLanes; ++step) {
         if (ahead != nullptr) {
 #pragma GCC unroll 2
-            for (std::size_t group = 0; group < Groups; ++group) ask_for(ahead[group * kLanes + step], 0, row_bytes);
+            for (std::size_t i = 0; i < Groups; ++i) {
+                const char* row = static_cast<const char*>(ahead[Groups * step + i]);
+                for (std::size_t byte = 0; byte < row_bytes; byte += kLine) _mm_prefetch(row + byte, _MM_HINT_T1);
+            }
         }
         for (const std::size_t end = d + dim / kLanes; d < end; ++d) {
             Vector key[kVectors];
@@ -159,19 +172,20 @@ template <KvType Type, std::size_t Count>
 
 // Rows x Count vectors of the output from a column on.
 template <KvType Type, std::size_t Rows, std::size_t Count>
-void weigh_tile(const float* p, const KvRows& values, std::size_t keys, std::size_t column, std::size_t dim, bool begin, bool end,
-                float* o) {
+void weigh_tile(const float* p, const KvRows& values, Ask& ask, std::size_t keys, std::size_t column, std::size_t dim, bool begin,
+                bool end, float* o) {
     Vector sums[Rows][Count];
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < Rows; ++r) {
 #pragma GCC unroll 16
         for (std::size_t i = 0; i < Count; ++i) sums[r][i] = begin ? zero() : read(o + r * dim + column + i * kWidth);
     }
-    // The lines that begin in these columns.
-    const std::size_t first = column * element_bytes(Type), last = first + Count * kWidth * element_bytes(Type);
-    const std::size_t line = (first + kLine - 1) / kLine * kLine, line_end = values.ahead ? last : line;
+    constexpr std::size_t kBytes = Count * kWidth * element_bytes(Type);
     for (std::size_t key = 0; key < keys; ++key) {
-        ask_for(values.at[key + kPiece], line, line_end);
+        if (values.ahead && (kBytes >= kLine || key % (kLine / kBytes) == 0)) {
+#pragma GCC unroll 8
+            for (std::size_t byte = 0; byte < kBytes; byte += kLine) ask.next();
+        }
         Vector value[Count];
         read_columns<Type, Count>(values.at[key], column, values.scales + key, value);
 #pragma GCC unroll 16
@@ -198,10 +212,12 @@ void weigh(const float* p, std::size_t rows, const KvRows& values, std::size_t k
         for_passes(rows, [&](std::size_t row, auto pass) {
             KvRows here = values;
             here.ahead = values.ahead && row == 0;
+            Ask ask{values.at + kPiece, dim * element_bytes(values.type)};
             std::size_t column = 0;
             const auto some = [&](auto count) {
                 for (; column + count.value * kWidth <= dim; column += count.value * kWidth) {
-                    weigh_tile<type.value, pass.value, count.value>(p + row * kBlock, here, keys, column, dim, begin, end, o + row * dim);
+                    weigh_tile<type.value, pass.value, count.value>(p + row * kBlock, here, ask, keys, column, dim, begin, end,
+                                                                     o + row * dim);
                 }
             };
             constexpr std::size_t kPairs = weigh_pairs(pass.value);
