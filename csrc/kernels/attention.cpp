@@ -21,6 +21,8 @@ constexpr std::size_t kRows = 128;  // rows of a unit, so that a packed piece se
 constexpr std::size_t kTilesInPlace = 2;
 // A unit that costs more than this share of a thread's work is divided by blocks.
 constexpr std::size_t kUnitsPerThread = 4;
+// The blocks of divided units go in runs, of which each thread gets about this many: a run begins with keys that nobody asked for.
+constexpr std::size_t kRunsPerThread = 8;
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
@@ -87,15 +89,16 @@ class Attention {
     void run() {
         std::vector<Unit>& units = buffers().units;
         find_units(units);
-        std::size_t total = 0, partial_size = 0, divided_tasks = 0;
+        const auto threads = static_cast<std::size_t>(num_threads());
+        std::size_t total = 0, partial_size = 0, runs = 0;
         for (const Unit& unit : units) total += unit.cost();
-        const std::size_t limit = total / (kUnitsPerThread * static_cast<std::size_t>(num_threads()));
+        const std::size_t limit = total / (kUnitsPerThread * threads);
         // The dearest first: the threads then end together. The divided ones come last, block by block.
         for (Unit& unit : units) unit.divided = unit.cost() > limit && unit.blocks() > 1;
         std::sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) {
             return a.divided != b.divided ? b.divided : a.cost() > b.cost();
         });
-        std::size_t whole = 0;
+        std::size_t whole = 0, divided_blocks = 0;
         for (Unit& unit : units) {
             if (!unit.divided) {
                 ++whole;
@@ -103,15 +106,20 @@ class Attention {
             }
             unit.partial = partial_size;
             partial_size += unit.blocks() * Part::size(unit, dim_);
-            divided_tasks += unit.blocks();
+            divided_blocks += unit.blocks();
         }
+        const std::size_t run = std::max<std::size_t>(1, divided_blocks / (kRunsPerThread * threads));
+        for (std::size_t u = whole; u < units.size(); ++u) runs += divide_up(units[u].blocks(), run);
         float* partial = buffers().partial.floats(partial_size);
-        parallel_for(whole + divided_tasks, [&](std::size_t task) {
+        parallel_for(whole + runs, [&](std::size_t task) {
             if (task < whole) return run_unit(units[task]);
-            std::size_t block = task - whole, u = whole;
-            for (; block >= units[u].blocks(); ++u) block -= units[u].blocks();
+            std::size_t block = (task - whole) * run, u = whole;
+            for (; block >= units[u].blocks(); ++u) block -= divide_up(units[u].blocks(), run) * run;
             const Unit& unit = units[u];
-            run_block(unit, block, gather_queries(unit), Part(partial + unit.partial + block * Part::size(unit, dim_), unit), false);
+            const float* queries = gather_queries(unit);
+            for (const std::size_t end = std::min(block + run, unit.blocks()); block < end; ++block) {
+                run_block(unit, block, queries, Part(partial + unit.partial + block * Part::size(unit, dim_), unit), block + 1 < end);
+            }
         });
         parallel_for(units.size() - whole, [&](std::size_t index) {
             const Unit& unit = units[whole + index];
