@@ -16,8 +16,8 @@ namespace ernie45 {
 namespace {
 
 constexpr std::size_t kRows = 128;  // rows of a unit, so that a packed piece serves many
-// int8 values are widened beforehand for more tiles than this: doing it again for each costs a third of the multiply-adds, against an
-// eighth for bfloat16.
+// int8 values are widened beforehand for more tiles than this: doing it again for each costs a third of the multiply-adds, against
+// an eighth for bfloat16.
 constexpr std::size_t kTilesInPlace = 2;
 // A unit that costs more than this share of a thread's work is divided by blocks.
 constexpr std::size_t kUnitsPerThread = 4;
@@ -118,7 +118,8 @@ class Attention {
             const Unit& unit = units[u];
             const float* queries = gather_queries(unit);
             for (const std::size_t end = std::min(block + run, unit.blocks()); block < end; ++block) {
-                run_block(unit, block, queries, Part(partial + unit.partial + block * Part::size(unit, dim_), unit), block + 1 < end);
+                const Part part(partial + unit.partial + block * Part::size(unit, dim_), unit);
+                run_block(unit, block, queries, part, block + 1 < end);
             }
         });
         parallel_for(units.size() - whole, [&](std::size_t index) {
@@ -163,7 +164,8 @@ class Attention {
     }
 
     // Enters `count` keys or values from position `start` on.
-    void find_places(const Unit& unit, KvHalf KvStore::* which, std::size_t start, std::size_t count, const void** at, float* scales) const {
+    void find_places(const Unit& unit, KvHalf KvStore::* which, std::size_t start, std::size_t count, const void** at,
+                     float* scales) const {
         const KvStore& store = stores_.of(unit.sequence);
         const KvHalf& half = store.*which;
         const std::int32_t* pages = sequences_.pages + unit.sequence * sequences_.pages_per_sequence;
@@ -172,7 +174,8 @@ class Attention {
         for (std::size_t page_idx = start / store.slots, done = 0; done < count; ++page_idx, slot = 0) {
             const std::size_t now = std::min(count - done, store.slots - slot);
             const std::ptrdiff_t page = pages[page_idx], head = static_cast<std::ptrdiff_t>(unit.head);
-            const std::ptrdiff_t first = page * half.page_stride + head * half.head_stride + static_cast<std::ptrdiff_t>(slot * dim_);
+            const std::ptrdiff_t first =
+                page * half.page_stride + head * half.head_stride + static_cast<std::ptrdiff_t>(slot * dim_);
             const char* from = static_cast<const char*>(half.base) + first * static_cast<std::ptrdiff_t>(element);
             for (std::size_t i = 0; i < now; ++i) at[done + i] = from + i * dim_ * element;
             if (store.type == KvType::kInt8) {
@@ -183,8 +186,8 @@ class Attention {
         }
     }
 
-    // Keys and values of a block; what follows the keys are the values, what follows those the keys of the next block, if this thread
-    // goes on with it.
+    // Keys and values of a block; what follows the keys are the values, what follows those the keys of the next block, if this
+    // thread goes on with it.
     std::pair<KvRows, KvRows> find_block(const Unit& unit, std::size_t start, std::size_t count, bool goes_on) const {
         Places &keys = buffers().keys, &values = buffers().values;
         find_places(unit, &KvStore::keys, start, count, keys.at, keys.scales);
@@ -225,13 +228,14 @@ class Attention {
             kernels_.pack(here, up(std::min(kPiece, count - piece)), dim_, packed);
             for_tiles(unit, start, piece, [&](std::size_t tile, std::size_t seen) {
                 const std::size_t row = tile * kTileRows;
-                kernels_.score(queries + row * kMaxHeadDim, unit.tile_rows(tile), packed, here, up(seen), dim_, scores + row * kBlock + piece);
+                kernels_.score(queries + row * kMaxHeadDim, unit.tile_rows(tile), packed, here, up(seen), dim_,
+                               scores + row * kBlock + piece);
                 here.ahead = false;  // asked for
             });
         }
         for (std::size_t row = 0; row < unit.rows; ++row) {
-            kernels_.softmax(scores + row * kBlock, unit.row_keys(row, start), unit.tile_keys(row / kTileRows, start), part.maxima + row,
-                             part.sums + row);
+            kernels_.softmax(scores + row * kBlock, unit.row_keys(row, start), unit.tile_keys(row / kTileRows, start),
+                             part.maxima + row, part.sums + row);
         }
         const bool in_place = tiles <= kTilesInPlace || values.type != KvType::kInt8;
         for (std::size_t piece = 0; piece < count; piece += kPiece) {
@@ -240,7 +244,8 @@ class Attention {
             for_tiles(unit, start, piece, [&](std::size_t tile, std::size_t seen) {
                 const std::size_t row = tile * kTileRows;
                 const bool end = piece + kPiece >= unit.tile_keys(tile, start);
-                kernels_.weigh(scores + row * kBlock + piece, unit.tile_rows(tile), here, seen, dim_, piece == 0, end, part.o + row * dim_);
+                kernels_.weigh(scores + row * kBlock + piece, unit.tile_rows(tile), here, seen, dim_, piece == 0, end,
+                               part.o + row * dim_);
                 here.ahead = false;
             });
         }

@@ -82,8 +82,8 @@ struct KvRows {
     KvRows from(std::size_t key) const { return {type, at + key, scales + key, ahead}; }
 };
 
-// What differs by instruction set. Queries and scores are arrays of rows with a fixed distance (kMaxHeadDim and kBlock), so that one
-// register addresses all rows of a tile.
+// What differs by instruction set. Queries and scores are arrays of rows with a fixed distance (kMaxHeadDim and kBlock), so that
+// one register addresses all rows of a tile.
 struct AttentionKernels {
     void (*widen_int8)(const std::int8_t* x, float scale, std::size_t count, float* out);
     // packed (count / 16, dim, 16) = keys; count is a multiple of 16, dim too.

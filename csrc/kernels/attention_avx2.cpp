@@ -63,9 +63,9 @@ constexpr std::size_t weigh_pairs(std::size_t rows) { return rows > 2 ? 1 : rows
 namespace ernie45 {
 namespace {
 
-// The router's products keep 8 sums in registers, such as 4 rows x 2 keys. The 16 partial sums of a product are two vectors: the lower
-// lanes are summed over all dimensions first, then the upper ones. Loops over the sums are unrolled by order: left to itself, GCC keeps
-// the sums in memory.
+// The router's products keep 8 sums in registers, such as 4 rows x 2 keys. The 16 partial sums of a product are two vectors: the
+// lower lanes are summed over all dimensions first, then the upper ones. Loops over the sums are unrolled by order: left to itself,
+// GCC keeps the sums in memory.
 constexpr std::size_t kHalf = 8;
 
 // Sums of 8 vectors, each folded i + 4, i + 2, i + 1, by a tree that works on all of them: result i is the sum of the vector at slot(i).

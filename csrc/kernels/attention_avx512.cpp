@@ -67,8 +67,8 @@ constexpr std::size_t weigh_pairs(std::size_t rows) { return rows > 4 ? 1 : rows
 namespace ernie45 {
 namespace {
 
-// The router's products keep 16 sums in registers, such as 8 rows x 2 keys. Loops over them are unrolled by order: left to itself, GCC
-// keeps the sums in memory.
+// The router's products keep 16 sums in registers, such as 8 rows x 2 keys. Loops over them are unrolled by order: left to itself,
+// GCC keeps the sums in memory.
 
 // Sums of 16 vectors, each folded in the stated order, by a tree that works on all of them: result i is the sum of the vector at
 // slot(i).

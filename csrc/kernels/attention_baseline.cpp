@@ -40,11 +40,13 @@ void pack(const KvRows& keys, std::size_t count, std::size_t dim, float* packed)
     }
 }
 
-void score(const float* q, std::size_t rows, const float* packed, const KvRows&, std::size_t count, std::size_t dim, float* scores) {
+void score(const float* q, std::size_t rows, const float* packed, const KvRows&, std::size_t count, std::size_t dim,
+           float* scores) {
     for (std::size_t row = 0; row < rows; ++row) {
         for (std::size_t key = 0; key < count; key += kLanes) {
             Lanes sum = all(0);
-            for (std::size_t d = 0; d < dim; ++d) sum = fma(all(q[row * kMaxHeadDim + d]), load(packed + key * dim + d * kLanes), sum);
+            const float *x = q + row * kMaxHeadDim, *y = packed + key * dim;
+            for (std::size_t d = 0; d < dim; ++d) sum = fma(all(x[d]), load(y + d * kLanes), sum);
             store(scores + row * kBlock + key, sum);
         }
     }

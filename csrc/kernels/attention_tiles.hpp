@@ -13,8 +13,8 @@ namespace {
 
 constexpr std::size_t kLine = 64;
 
-// Asks for the lines of rows one by one, in their order: by columns, as the values are read, took 8 % longer. To the second-level cache:
-// the first has too few requests under way to cover the latency of memory.
+// Asks for the lines of rows one by one, in their order: by columns, as the values are read, one thread took up to 10 % longer; keys
+// 64 instead of 32 ahead, 7 %; without asking, 70 %. To the second-level cache: to the first was no faster.
 struct Ask {
     const void* const* at;
     std::size_t row_bytes, byte = 0;
@@ -94,7 +94,8 @@ void pack(const KvRows& keys, std::size_t count, std::size_t dim, float* packed)
 
 // Rows x Groups x 16 products. The lines of the keys kPiece later are asked for in as many steps as a group has keys.
 template <std::size_t Rows, std::size_t Groups>
-void score_tile(const float* q, const float* packed, const void* const* ahead, std::size_t row_bytes, std::size_t dim, float* scores) {
+void score_tile(const float* q, const float* packed, const void* const* ahead, std::size_t row_bytes, std::size_t dim,
+                float* scores) {
     constexpr std::size_t kVectors = Groups * kLanes / kWidth;
     Vector sums[Rows][kVectors];
 #pragma GCC unroll 16
@@ -132,15 +133,17 @@ void score_tile(const float* q, const float* packed, const void* const* ahead, s
     }
 }
 
-void score(const float* q, std::size_t rows, const float* packed, const KvRows& keys, std::size_t count, std::size_t dim, float* scores) {
+void score(const float* q, std::size_t rows, const float* packed, const KvRows& keys, std::size_t count, std::size_t dim,
+           float* scores) {
     const std::size_t row_bytes = dim * element_bytes(keys.type);
     for_passes(rows, [&](std::size_t row, auto pass) {
         const bool asks = keys.ahead && row == 0;
         std::size_t key = 0;
         const auto some = [&](auto groups) {
             for (; key + groups.value * kLanes <= count; key += groups.value * kLanes) {
-                score_tile<pass.value, groups.value>(q + row * kMaxHeadDim, packed + key * dim, asks ? keys.at + key + kPiece : nullptr,
-                                                     row_bytes, dim, scores + row * kBlock + key);
+                const void* const* ahead = asks ? keys.at + key + kPiece : nullptr;
+                score_tile<pass.value, groups.value>(q + row * kMaxHeadDim, packed + key * dim, ahead, row_bytes, dim,
+                                                     scores + row * kBlock + key);
             }
         };
         some(std::integral_constant<std::size_t, kScoreGroups>());
@@ -207,7 +210,8 @@ void weigh_tile(const float* p, const KvRows& values, Ask& ask, std::size_t keys
     }
 }
 
-void weigh(const float* p, std::size_t rows, const KvRows& values, std::size_t keys, std::size_t dim, bool begin, bool end, float* o) {
+void weigh(const float* p, std::size_t rows, const KvRows& values, std::size_t keys, std::size_t dim, bool begin, bool end,
+           float* o) {
     with_type(values.type, [&](auto type) {
         for_passes(rows, [&](std::size_t row, auto pass) {
             KvRows here = values;
