@@ -3,8 +3,8 @@
 #include "kernels/attention.hpp"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "kernels/aligned.hpp"
@@ -15,15 +15,20 @@
 namespace ernie45 {
 namespace {
 
-constexpr std::size_t kBlock = 256;  // keys of a block
-constexpr std::size_t kPiece = 32;   // keys that are widened together: 16 KB at D = 128
-constexpr std::size_t kRows = 128;   // rows of a unit, so that a widened piece serves many
+constexpr std::size_t kRows = 128;  // rows of a unit, so that a packed piece serves many
+// int8 values are widened beforehand for more tiles than this: doing it again for each costs a third of the multiply-adds, against
+// an eighth for bfloat16.
+constexpr std::size_t kTilesInPlace = 2;
 // A unit that costs more than this share of a thread's work is divided by blocks.
 constexpr std::size_t kUnitsPerThread = 4;
+// The blocks of divided units go in runs, of which each thread gets about this many: a run begins with keys that nobody asked for.
+constexpr std::size_t kRunsPerThread = 8;
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
 std::size_t divide_up(std::size_t value, std::size_t unit) { return (value + unit - 1) / unit; }
+// Keys are packed and scored 16 at a time; the ones too many are read but not used.
+std::size_t up(std::size_t keys) { return divide_up(keys, 16) * 16; }
 
 // Some queries of one sequence with the query heads of one key/value head: rows (query, head).
 struct Unit {
@@ -58,8 +63,15 @@ struct Part {
         : maxima(memory), sums(memory + unit.tiles() * kTileRows), o(memory + 2 * unit.tiles() * kTileRows) {}
 };
 
+// Where the keys, or values, of a block lie, and those that are needed next.
+struct Places {
+    const void* at[kBlock + kPiece];
+    float scales[kBlock + kPiece];
+};
+
 struct Buffers {
     Scratch rotated, q, scores, piece, block, total, partial;
+    Places keys, values;
     std::vector<Unit> units;
 };
 
@@ -77,15 +89,16 @@ class Attention {
     void run() {
         std::vector<Unit>& units = buffers().units;
         find_units(units);
-        std::size_t total = 0, partial_size = 0, divided_tasks = 0;
+        const auto threads = static_cast<std::size_t>(num_threads());
+        std::size_t total = 0, partial_size = 0, runs = 0;
         for (const Unit& unit : units) total += unit.cost();
-        const std::size_t limit = total / (kUnitsPerThread * static_cast<std::size_t>(num_threads()));
+        const std::size_t limit = total / (kUnitsPerThread * threads);
         // The dearest first: the threads then end together. The divided ones come last, block by block.
         for (Unit& unit : units) unit.divided = unit.cost() > limit && unit.blocks() > 1;
         std::sort(units.begin(), units.end(), [](const Unit& a, const Unit& b) {
             return a.divided != b.divided ? b.divided : a.cost() > b.cost();
         });
-        std::size_t whole = 0;
+        std::size_t whole = 0, divided_blocks = 0;
         for (Unit& unit : units) {
             if (!unit.divided) {
                 ++whole;
@@ -93,15 +106,21 @@ class Attention {
             }
             unit.partial = partial_size;
             partial_size += unit.blocks() * Part::size(unit, dim_);
-            divided_tasks += unit.blocks();
+            divided_blocks += unit.blocks();
         }
+        const std::size_t run = std::max<std::size_t>(1, divided_blocks / (kRunsPerThread * threads));
+        for (std::size_t u = whole; u < units.size(); ++u) runs += divide_up(units[u].blocks(), run);
         float* partial = buffers().partial.floats(partial_size);
-        parallel_for(whole + divided_tasks, [&](std::size_t task) {
+        parallel_for(whole + runs, [&](std::size_t task) {
             if (task < whole) return run_unit(units[task]);
-            std::size_t block = task - whole, u = whole;
-            for (; block >= units[u].blocks(); ++u) block -= units[u].blocks();
+            std::size_t block = (task - whole) * run, u = whole;
+            for (; block >= units[u].blocks(); ++u) block -= divide_up(units[u].blocks(), run) * run;
             const Unit& unit = units[u];
-            run_block(unit, block, gather_queries(unit), Part(partial + unit.partial + block * Part::size(unit, dim_), unit));
+            const float* queries = gather_queries(unit);
+            for (const std::size_t end = std::min(block + run, unit.blocks()); block < end; ++block) {
+                const Part part(partial + unit.partial + block * Part::size(unit, dim_), unit);
+                run_block(unit, block, queries, part, block + 1 < end);
+            }
         });
         parallel_for(units.size() - whole, [&](std::size_t index) {
             const Unit& unit = units[whole + index];
@@ -131,92 +150,105 @@ class Attention {
         }
     }
 
-    // The unit's queries (rows, D), multiplied by the scale.
+    // The unit's queries (rows, kMaxHeadDim), multiplied by the scale.
     const float* gather_queries(const Unit& unit) const {
-        float* rows = buffers().q.floats(unit.rows * dim_);
-        const std::size_t width = unit.heads_per_group * dim_;
-        for (std::size_t query = 0; query < unit.queries; ++query) {
-            const float* from = q_ + (unit.first_token + query) * query_heads_ * dim_ + unit.head * width;
-            float* to = rows + query * width;
-            for (std::size_t i = 0; i < width; ++i) to[i] = from[i] * scale_;
+        float* rows = buffers().q.floats(unit.rows * kMaxHeadDim);
+        for (std::size_t row = 0; row < unit.rows; ++row) {
+            const std::size_t token = unit.first_token + row / unit.heads_per_group;
+            const std::size_t head = unit.head * unit.heads_per_group + row % unit.heads_per_group;
+            const float* from = q_ + (token * query_heads_ + head) * dim_;
+            float* to = rows + row * kMaxHeadDim;
+            for (std::size_t i = 0; i < dim_; ++i) to[i] = from[i] * scale_;
         }
         return rows;
     }
 
-    // `count` keys or values from position `at` on, as float32 (count, D): in place where they lie so, else in the piece's memory.
-    const float* widen(const Unit& unit, KvHalf KvStore::* which, std::size_t at, std::size_t count) const {
+    // Enters `count` keys or values from position `start` on.
+    void find_places(const Unit& unit, KvHalf KvStore::* which, std::size_t start, std::size_t count, const void** at,
+                     float* scales) const {
         const KvStore& store = stores_.of(unit.sequence);
         const KvHalf& half = store.*which;
         const std::int32_t* pages = sequences_.pages + unit.sequence * sequences_.pages_per_sequence;
-        float* piece = buffers().piece.floats(kPiece * dim_);
-        for (std::size_t done = 0; done < count;) {
-            const std::size_t slot = (at + done) % store.slots, now = std::min(count - done, store.slots - slot);
-            const std::ptrdiff_t page = pages[(at + done) / store.slots], head = static_cast<std::ptrdiff_t>(unit.head);
-            const std::ptrdiff_t from =
+        const std::size_t element = store.type == KvType::kFloat32 ? 4 : store.type == KvType::kBfloat16 ? 2 : 1;
+        std::size_t slot = start % store.slots;
+        for (std::size_t page_idx = start / store.slots, done = 0; done < count; ++page_idx, slot = 0) {
+            const std::size_t now = std::min(count - done, store.slots - slot);
+            const std::ptrdiff_t page = pages[page_idx], head = static_cast<std::ptrdiff_t>(unit.head);
+            const std::ptrdiff_t first =
                 page * half.page_stride + head * half.head_stride + static_cast<std::ptrdiff_t>(slot * dim_);
-            float* to = piece + done * dim_;
-            switch (store.type) {
-                case KvType::kFloat32: {
-                    const float* values = static_cast<const float*>(half.base) + from;
-                    if (now == count) return values;
-                    std::memcpy(to, values, now * dim_ * sizeof(float));
-                    break;
-                }
-                case KvType::kBfloat16:
-                    kernels_.widen_bfloat16(static_cast<const std::uint16_t*>(half.base) + from, now * dim_, to);
-                    break;
-                case KvType::kInt8: {
-                    const float* scales = half.scales + page * half.scale_page_stride + head * half.scale_head_stride + slot;
-                    for (std::size_t i = 0; i < now; ++i) {
-                        kernels_.widen_int8(static_cast<const std::int8_t*>(half.base) + from + i * dim_, scales[i], dim_, to + i * dim_);
-                    }
-                    break;
-                }
+            const char* from = static_cast<const char*>(half.base) + first * static_cast<std::ptrdiff_t>(element);
+            for (std::size_t i = 0; i < now; ++i) at[done + i] = from + i * dim_ * element;
+            if (store.type == KvType::kInt8) {
+                const float* row = half.scales + page * half.scale_page_stride + head * half.scale_head_stride + slot;
+                std::copy(row, row + now, scales + done);
             }
             done += now;
         }
-        return piece;
     }
 
-    // Calls body(tile, keys from the piece's start that the tile sees).
+    // Keys and values of a block; what follows the keys are the values, what follows those the keys of the next block, if this
+    // thread goes on with it.
+    std::pair<KvRows, KvRows> find_block(const Unit& unit, std::size_t start, std::size_t count, bool goes_on) const {
+        Places &keys = buffers().keys, &values = buffers().values;
+        find_places(unit, &KvStore::keys, start, count, keys.at, keys.scales);
+        find_places(unit, &KvStore::values, start, count, values.at, values.scales);
+        const std::size_t end = start + count, next = goes_on ? std::min(kPiece, unit.keys() - end) : 0;
+        find_places(unit, &KvStore::keys, end, next, values.at + count, values.scales + count);
+        std::fill(values.at + count + next, values.at + count + kPiece, values.at[count + next - 1]);
+        std::copy(values.at, values.at + kPiece, keys.at + count);
+        const KvType type = stores_.of(unit.sequence).type;
+        return {{type, keys.at, keys.scales, true}, {type, values.at, values.scales, true}};
+    }
+
+    // float32 copies of `count` int8 rows.
+    KvRows widen(const KvRows& rows, std::size_t count, Places& places) const {
+        float* to = buffers().piece.floats(kPiece * dim_);
+        for (std::size_t i = 0; i < count; ++i, to += dim_) {
+            places.at[i] = to;
+            kernels_.widen_int8(static_cast<const std::int8_t*>(rows.at[i]), rows.scales[i], dim_, to);
+        }
+        return {KvType::kFloat32, places.at, places.scales, false};
+    }
+
+    // Calls body(tile, keys of the piece that the tile sees).
     template <typename Body>
-    void for_pieces(const Unit& unit, KvHalf KvStore::* which, std::size_t start, const Body& body) const {
-        const std::size_t count = std::min(kBlock, unit.keys() - start), tiles = unit.tiles();
-        for (std::size_t piece = 0; piece < count; piece += kPiece) {
-            const float* values = widen(unit, which, start + piece, std::min(kPiece, count - piece));
-            for (std::size_t tile = 0; tile < tiles; ++tile) {
-                const std::size_t keys = unit.tile_keys(tile, start);
-                if (keys > piece) body(tile, piece, values, std::min(kPiece, keys - piece));
-            }
+    void for_tiles(const Unit& unit, std::size_t start, std::size_t piece, const Body& body) const {
+        for (std::size_t tile = 0; tile < unit.tiles(); ++tile) {
+            const std::size_t keys = unit.tile_keys(tile, start);
+            if (keys > piece) body(tile, std::min(kPiece, keys - piece));
         }
     }
 
-    void run_block(const Unit& unit, std::size_t block, const float* queries, Part part) const {
-        const std::size_t start = block * kBlock, tiles = unit.tiles();
-        float* scores = buffers().scores.floats(tiles * kBlock * kTileRows);
-        for_pieces(unit, &KvStore::keys, start, [&](std::size_t tile, std::size_t piece, const float* keys, std::size_t count) {
-            kernels_.dots(queries + tile * kTileRows * dim_, unit.tile_rows(tile), keys, count, dim_,
-                          scores + (tile * kBlock + piece) * kTileRows);
-        });
-        for (std::size_t tile = 0; tile < tiles; ++tile) {
-            const std::size_t keys = unit.tile_keys(tile, start);
-            float *tile_scores = scores + tile * kBlock * kTileRows, *maxima = part.maxima + tile * kTileRows;
-            if (keys == 0) {
-                std::fill(maxima, maxima + kTileRows, kNone);
-                continue;
-            }
-            for (std::size_t row = 0; row < unit.tile_rows(tile); ++row) {
-                for (std::size_t key = unit.row_keys(tile * kTileRows + row, start); key < keys; ++key) {
-                    tile_scores[key * kTileRows + row] = kNone;
-                }
-            }
-            kernels_.softmax(tile_scores, keys, maxima, part.sums + tile * kTileRows);
+    void run_block(const Unit& unit, std::size_t block, const float* queries, Part part, bool goes_on) const {
+        const std::size_t start = block * kBlock, tiles = unit.tiles(), count = std::min(kBlock, unit.keys() - start);
+        const auto [keys, values] = find_block(unit, start, count, goes_on);
+        float *scores = buffers().scores.floats(tiles * kTileRows * kBlock), *packed = buffers().piece.floats(kPiece * dim_);
+        for (std::size_t piece = 0; piece < count; piece += kPiece) {
+            KvRows here = keys.from(piece);
+            kernels_.pack(here, up(std::min(kPiece, count - piece)), dim_, packed);
+            for_tiles(unit, start, piece, [&](std::size_t tile, std::size_t seen) {
+                const std::size_t row = tile * kTileRows;
+                kernels_.score(queries + row * kMaxHeadDim, unit.tile_rows(tile), packed, here, up(seen), dim_,
+                               scores + row * kBlock + piece);
+                here.ahead = false;  // asked for
+            });
         }
-        std::memset(part.o, 0, unit.rows * dim_ * sizeof(float));
-        for_pieces(unit, &KvStore::values, start, [&](std::size_t tile, std::size_t piece, const float* values, std::size_t count) {
-            kernels_.weigh(scores + (tile * kBlock + piece) * kTileRows, unit.tile_rows(tile), values, count, dim_,
-                           part.o + tile * kTileRows * dim_);
-        });
+        for (std::size_t row = 0; row < unit.rows; ++row) {
+            kernels_.softmax(scores + row * kBlock, unit.row_keys(row, start), unit.tile_keys(row / kTileRows, start),
+                             part.maxima + row, part.sums + row);
+        }
+        const bool in_place = tiles <= kTilesInPlace || values.type != KvType::kInt8;
+        for (std::size_t piece = 0; piece < count; piece += kPiece) {
+            KvRows here = values.from(piece);
+            if (!in_place) here = widen(here, std::min(kPiece, count - piece), buffers().keys);
+            for_tiles(unit, start, piece, [&](std::size_t tile, std::size_t seen) {
+                const std::size_t row = tile * kTileRows;
+                const bool end = piece + kPiece >= unit.tile_keys(tile, start);
+                kernels_.weigh(scores + row * kBlock + piece, unit.tile_rows(tile), here, seen, dim_, piece == 0, end,
+                               part.o + row * dim_);
+                here.ahead = false;
+            });
+        }
     }
 
     void run_unit(const Unit& unit) const {
@@ -224,7 +256,7 @@ class Attention {
         const Part part(buffers().block.floats(Part::size(unit, dim_)), unit);
         Part sum = empty(unit);
         for (std::size_t block = 0; block < unit.blocks(); ++block) {
-            run_block(unit, block, queries, part);
+            run_block(unit, block, queries, part, true);
             join(unit, block, part, sum);
         }
         finish(unit, sum);

@@ -1,14 +1,17 @@
 // Attention of several sequences over a store of keys and values, for decoding and for prefill in chunks.
 //
 // Per (query, head): the keys are cut into blocks of 256, counted from the sequence's first token. Within a block
-//   s_j = (q / sqrt(D)) . k_j    sixteen partial sums over the dimensions (lane i takes i, i + 16, ..), folded i + 8, i + 4, i + 2, i + 1
-//   m = max s_j;  p_j = exp(s_j - m);  l = sum p_j in four partial sums (j mod 4), folded (0 + 2) + (1 + 3)
+//   s_j = (q / sqrt(D)) . k_j    in ascending order of the dimensions, one fused multiply-add each
+//   m = max s_j;  p_j = exp(s_j - m);  l = sum p_j in sixteen partial sums (j mod 16), folded i + 8, i + 4, i + 2, i + 1
 //   o = sum p_j v_j              in ascending order of j
 // and blocks are joined in ascending order: M = max(m, m'), o = fma(o, e^(m - M), o' e^(m' - M)), l likewise; the result is o / l.
 // Nothing here depends on the thread count, on other sequences, or on which queries share a call: a prompt gives the same bits
 // whether it is prefilled at once, in chunks, or token by token.
 //
-// Keys and values are widened to float32 in pieces of 32 that stay in the first-level cache, once for all query heads of a group.
+// Keys are turned in registers so that a vector holds one dimension of 16 keys, in pieces of 32 keys that stay in the first-level
+// cache and serve all query heads of a group. Products then need no sums across lanes, which cost as much as half of the
+// multiply-adds. Values are widened where they lie. While a piece is worked on, the next one is asked
+// for, line by line between the multiply-adds.
 // Bytes moved by one decoded token: all keys and values of its sequence. Multiply-adds: 2 N D per key, which bounds prefill.
 #pragma once
 
@@ -65,23 +68,43 @@ void attention(const float* q, std::size_t query_heads, const KvStores& stores, 
 void attend(const float* qkv, std::size_t query_heads, const float* rotation, const KvStores& stores, const Sequences& sequences,
             float scale, float* out);
 
-// What differs by instruction set. A tile is up to 8 rows, a row one query of one head. `scores` is (keys, 8): key by key the rows of
-// the tile, so that maxima and sums over keys need no shuffles.
-constexpr std::size_t kTileRows = 8;
+constexpr std::size_t kBlock = 256;   // keys of a block
+constexpr std::size_t kPiece = 32;    // keys that are turned or widened together: 16 KB at D = 128
+constexpr std::size_t kTileRows = 8;  // rows of a tile, a row being one query of one head
+
+// Keys, or values, of one head, one by one. Behind those in question follow kPiece more that can be read: the ones needed next.
+struct KvRows {
+    KvType type = KvType::kFloat32;
+    const void* const* at = nullptr;
+    const float* scales = nullptr;  // int8 only
+    bool ahead = false;             // ask for what follows kPiece later
+
+    KvRows from(std::size_t key) const { return {type, at + key, scales + key, ahead}; }
+};
+
+// What differs by instruction set. Queries and scores are arrays of rows with a fixed distance (kMaxHeadDim and kBlock), so that
+// one register addresses all rows of a tile.
 struct AttentionKernels {
-    void (*widen_bfloat16)(const std::uint16_t* x, std::size_t count, float* out);
     void (*widen_int8)(const std::int8_t* x, float scale, std::size_t count, float* out);
-    // scores (keys, 8) = k (keys, dim) . q (rows, dim): 16 partial sums, folded as above. dim need not be a multiple of 16.
-    void (*dots)(const float* q, std::size_t rows, const float* k, std::size_t keys, std::size_t dim, float* scores);
-    // Scores of a block become p, -infinity becomes 0; the block has room for a multiple of 4 keys.
-    void (*softmax)(float* scores, std::size_t keys, float* maxima, float* sums);
-    // o (rows, dim) += sum over keys of p * v; dim is a multiple of 16.
-    void (*weigh)(const float* p, std::size_t rows, const float* v, std::size_t keys, std::size_t dim, float* o);
+    // packed (count / 16, dim, 16) = keys; count is a multiple of 16, dim too.
+    void (*pack)(const KvRows& keys, std::size_t count, std::size_t dim, float* packed);
+    // scores (rows, count) of packed keys, at most kPiece. `keys` are those that were packed, for what comes after them.
+    void (*score)(const float* q, std::size_t rows, const float* packed, const KvRows& keys, std::size_t count, std::size_t dim,
+                  float* scores);
+    // One row: scores of the first `keys` become p, those from there to `end` become 0; there is room for a multiple of 16.
+    void (*softmax)(float* scores, std::size_t keys, std::size_t end, float* maximum, float* sum);
+    // o (rows, dim) = sum over keys of p * v, added to what is there unless `begin`. `end`: this was the last call for these rows;
+    // before, columns may lie in another order.
+    void (*weigh)(const float* p, std::size_t rows, const KvRows& values, std::size_t keys, std::size_t dim, bool begin, bool end,
+                  float* o);
     // Joins a block's maxima, sums (8 each) and o (rows, dim) to those of the blocks before.
     void (*join)(const float* block_maxima, const float* block_sums, const float* block_o, std::size_t rows, std::size_t dim,
                  float* maxima, float* sums, float* o);
     // out = o / sum
     void (*finish)(const float* o, float sum, std::size_t dim, float* out);
+    // The router's: tile (keys, 8) = k (keys, dim) . q (rows, dim), any dim: sixteen partial sums over the dimensions (lane i takes
+    // i, i + 16, ..), folded i + 8, i + 4, i + 2, i + 1.
+    void (*dots)(const float* q, std::size_t rows, const float* k, std::size_t keys, std::size_t dim, float* tile);
 };
 
 const AttentionKernels& baseline_attention();

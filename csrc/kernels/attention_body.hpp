@@ -2,6 +2,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "kernels/attention.hpp"
 #include "kernels/lanes.hpp"
@@ -11,41 +12,38 @@ namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-inline void widen_bfloat16(const std::uint16_t* x, std::size_t count, float* out) {
-    for (std::size_t i = 0; i < count; ++i) {
-        const std::uint32_t bits = static_cast<std::uint32_t>(x[i]) << 16;
-        std::memcpy(out + i, &bits, sizeof bits);
-    }
-}
-
 inline void widen_int8(const std::int8_t* x, float scale, std::size_t count, float* out) {
     for (std::size_t i = 0; i < count; ++i) out[i] = static_cast<float>(x[i]) * scale;
 }
 
-// Lanes hold two keys of 8 rows.
-inline void softmax(float* scores, std::size_t keys, float* maxima, float* sums) {
-    const std::size_t padded = (keys + 3) / 4 * 4;
-    for (std::size_t i = keys * kTileRows; i < padded * kTileRows; ++i) scores[i] = kNone;
-    Lanes largest = load(scores);
-    for (std::size_t key = 2; key < padded; key += 2) largest = larger(largest, load(scores + key * kTileRows));
-    float both[kLanes];
-    store(both, largest);
-    for (std::size_t i = 0; i < kTileRows; ++i) {
-        maxima[i] = both[i] > both[i + kTileRows] ? both[i] : both[i + kTileRows];
-        both[i] = both[i + kTileRows] = maxima[i];
+constexpr std::size_t element_bytes(KvType type) {
+    return type == KvType::kFloat32 ? sizeof(float) : type == KvType::kBfloat16 ? sizeof(std::uint16_t) : sizeof(std::int8_t);
+}
+
+// Calls body(std::integral_constant<KvType, type>).
+template <typename Body>
+inline void with_type(KvType type, const Body& body) {
+    switch (type) {
+        case KvType::kFloat32: return body(std::integral_constant<KvType, KvType::kFloat32>());
+        case KvType::kBfloat16: return body(std::integral_constant<KvType, KvType::kBfloat16>());
+        case KvType::kInt8: return body(std::integral_constant<KvType, KvType::kInt8>());
     }
-    largest = load(both);
-    Lanes sum[2] = {all(0), all(0)};
-    for (std::size_t key = 0; key < padded; key += 4) {
-        for (std::size_t half = 0; half < 2; ++half) {
-            float* at = scores + (key + 2 * half) * kTileRows;
-            const Lanes s = load(at), p = zero_where(exponential(subtract(s, largest)), s, kNone);
-            store(at, p);
-            sum[half] = add(sum[half], p);
-        }
+}
+
+inline void softmax(float* scores, std::size_t keys, std::size_t end, float* maximum, float* sum) {
+    const std::size_t padded = (keys + kLanes - 1) / kLanes * kLanes;
+    for (std::size_t key = keys; key < padded; ++key) scores[key] = kNone;
+    for (std::size_t key = padded; key < end; ++key) scores[key] = 0;
+    Lanes largest = all(kNone), total = all(0);
+    for (std::size_t key = 0; key < padded; key += kLanes) largest = larger(largest, load(scores + key));
+    *maximum = largest_of(largest);
+    largest = all(*maximum);
+    for (std::size_t key = 0; key < padded; key += kLanes) {
+        const Lanes s = load(scores + key), p = zero_where(exponential(subtract(s, largest)), s, kNone);
+        store(scores + key, p);
+        total = add(total, p);
     }
-    store(both, add(sum[0], sum[1]));
-    for (std::size_t i = 0; i < kTileRows; ++i) sums[i] = both[i] + both[i + kTileRows];
+    *sum = fold(total);
 }
 
 inline void join(const float* block_maxima, const float* block_sums, const float* block_o, std::size_t rows, std::size_t dim,

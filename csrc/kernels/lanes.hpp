@@ -155,7 +155,38 @@ inline Lanes zero_where(const Lanes& a, const Lanes& b, float limit) {
 
 #endif
 
-// The sum of all: value i with value i + 8, then i + 4, i + 2, i + 1.
+// The sum of all: value i with value i + 8, then i + 4, i + 2, i + 1; and the largest of all, where that order does not matter.
+#if defined(__AVX2__)
+
+inline __m256 lower(Lanes a) {
+#if defined(__AVX512F__)
+    return _mm512_castps512_ps256(a.v);
+#else
+    return a.low;
+#endif
+}
+inline __m256 upper(Lanes a) {
+#if defined(__AVX512F__)
+    return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1));
+#else
+    return a.high;
+#endif
+}
+inline float fold(Lanes a) {
+    const __m256 eight = _mm256_add_ps(lower(a), upper(a));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float largest_of(Lanes a) {
+    const __m256 eight = _mm256_max_ps(lower(a), upper(a));
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+#else
+
 inline float fold(const Lanes& a) {
     float v[kLanes];
     store(v, a);
@@ -164,6 +195,13 @@ inline float fold(const Lanes& a) {
     }
     return v[0];
 }
+inline float largest_of(const Lanes& a) {
+    float result = a.v[0];
+    for (std::size_t i = 1; i < kLanes; ++i) result = result > a.v[i] ? result : a.v[i];
+    return result;
+}
+
+#endif
 
 inline void store_part(float* x, const Lanes& a, std::size_t count) {
     float v[kLanes];

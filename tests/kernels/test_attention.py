@@ -153,6 +153,39 @@ def test_thread_count_changes_no_bit(extension: ModuleType, dtype: torch.dtype) 
     assert all(torch.equal(results[0], result) for result in results)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_runs_of_blocks_change_no_bit(extension: ModuleType, isas: list[str], dtype: torch.dtype) -> None:
+    """So many blocks that a task takes several; pages end within the vectors of keys; 5 and 7 rows need passes of their own."""
+    sequences, num_pages = make_sequences([(1, 8200), (1, 4100)], slots=77)
+    for per_group in (5, 7):
+        store, q = make_store(num_pages, 1, 77, 48, dtype), queries(sequences, per_group, 48)
+        results = []
+        for name in isas:
+            extension.set_isa(name)
+            for threads in (1, 2, 5):
+                extension.set_num_threads(threads)
+                results.append(attention(q, store, sequences, 0.2))
+        assert all(torch.equal(results[0], result) for result in results)
+        torch.testing.assert_close(results[0], attention_reference(q, store, sequences, 0.2), **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 15, 17, 33, 255, 257])
+def test_slots_behind_the_end_are_not_looked_at(isa: str, dtype: torch.dtype, length: int) -> None:
+    """Keys are taken 16 at a time: what lies behind the last one may be anything."""
+    sequences, num_pages = make_sequences([(1, length)], slots=20)
+    store, q = make_store(num_pages, 2, 20, 32, dtype), queries(sequences, 6, 32)
+    before = attention(q, store, sequences, 0.2)
+    used = sequences.pages_BP[0].tolist()
+    behind = [page for page in range(num_pages) if page not in used]
+    for tensor in (store.keys_PGWD, store.values_PGWD, store.key_scales_PGW, store.value_scales_PGW):
+        if tensor is not None:
+            fill = torch.nan if tensor.is_floating_point() else 127
+            tensor[behind] = fill
+            tensor[used[-1], :, (length - 1) % 20 + 1 :] = fill
+    assert torch.equal(attention(q, store, sequences, 0.2), before)
+
+
 def test_neighbours_change_no_bit(isa: str) -> None:
     steps = [(1, 900), (40, 300), (1, 1), (5, 261)]
     sequences, num_pages = make_sequences(steps, slots=16)
