@@ -56,6 +56,8 @@ def measure(
 
     Args: bandwidth: bytes per second that the machine reads, for the bound. seconds: least time of one decode measurement.
     """
+    note("reading all weights once")
+    _touch(model)
     figures = []
     for context, batch in [*((context, 1) for context in contexts), *((0, batch) for batch in batches if batch > 1)]:
         note(f"decode at {context} tokens, {batch} together")
@@ -64,6 +66,13 @@ def measure(
         note(f"prompt of {prompt} tokens")
         figures.append(_prefill(model, prompt, repeats))
     return figures
+
+
+@torch.inference_mode()
+def _touch(model: CausalLM) -> None:
+    """Bring mapped weights into memory, all experts included: the first token that meets one waits for its pages."""
+    ids = torch.randint(model.config.vocab_size, (256,), generator=torch.Generator().manual_seed(0))
+    model.logits(model.hidden(ids, AttentionView(lengths=(len(ids),))))
 
 
 @torch.inference_mode()
