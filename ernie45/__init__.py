@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ernie45.engine.params import LoopDetection, SamplingParams
     from ernie45.engine.reference import generate, generate_batch
     from ernie45.llm import LLM, Answer
+    from ernie45.processing.constraint import Constraint
     from ernie45.store.api import load_model, load_tokenizer, save_model
     from ernie45.store.convert import convert
     from ernie45.store.pull import pull
@@ -30,6 +31,7 @@ _HOME = {
     "LLM": "ernie45.llm",
     "Answer": "ernie45.llm",
     "Completion": "ernie45.engine.generation",
+    "Constraint": "ernie45.processing.constraint",
     "EngineConfig": "ernie45.engine.config",
     "LoopDetection": "ernie45.engine.params",
     "ModelConfig": "ernie45.config.model",
@@ -56,6 +58,7 @@ __all__ = [
     "LLM",
     "Answer",
     "Completion",
+    "Constraint",
     "EngineConfig",
     "LoopDetection",
     "ModelConfig",

@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ from ernie45.config.nearest import nearest
 from ernie45.engine.config import EngineConfig
 from ernie45.engine.engine import Engine, EngineStats
 from ernie45.engine.generation import Completion, Piece, join
+from ernie45.engine.grammar_mask import grammar_masks
 from ernie45.engine.params import SamplingParams
 from ernie45.engine.prompts import prompt_ids
 from ernie45.engine.request import End, Output, PromptScores, Request, Usage
-from ernie45.engine.sampling import TokenLogprob
+from ernie45.engine.sampling import LogitsMask, TokenLogprob
 from ernie45.errors import ConfigError, RequestError
 from ernie45.models.text import CausalLM
+from ernie45.processing.constraint import Constraint
+from ernie45.processing.grammar import Grammars
 from ernie45.processing.tokenizer import Tokenizer
 from ernie45.store.api import load_model, load_tokenizer
 
@@ -77,18 +81,21 @@ class LLM:
         prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
         progress: bool | None = None,
     ) -> list[Answer]:
         """Continue prompts as they stand.
 
         Args: prompts: texts or lists of token ids; a single one will do. params: one for all, or one per prompt; None = plain
-            sampling. progress: draw a bar on stderr; None = if that is a terminal.
-        Returns: an answer per prompt, in their order. Raises: RequestError for a prompt or parameters that cannot be honoured,
-        before anything is computed, and for one that fails on the way; nothing is left running then.
+            sampling. constraint: what answers are forced to, behind the thought where the format has one; one for all, or one
+            per prompt; None = nothing. progress: draw a bar on stderr; None = if that is a terminal.
+        Returns: an answer per prompt, in their order. Raises: RequestError for a prompt, parameters or a constraint that cannot
+        be honoured, before anything is computed, and for one that fails on the way; nothing is left running then. ConfigError
+        for a constraint without the library that it needs.
         """
         single = isinstance(prompts, str) or (bool(prompts) and all(isinstance(item, int) for item in prompts))
         many: Sequence[Any] = [prompts] if single else prompts
-        return self._answer([prompt_ids(self.tokenizer, prompt) for prompt in many], params, progress)
+        return self._answer([prompt_ids(self.tokenizer, prompt) for prompt in many], params, constraint, progress)
 
     def chat(
         self,
@@ -97,6 +104,7 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool | None = None,
+        constraint: Constraint | Sequence[Constraint | None] | None = None,
         progress: bool | None = None,
     ) -> list[Answer]:
         """Answer conversations, rendered with the tokenizer's chat template.
@@ -107,26 +115,42 @@ class LLM:
         single = bool(conversations) and all(isinstance(item, Mapping) for item in conversations)
         many: Sequence[Any] = [conversations] if single else conversations
         ids = [prompt_ids(self.tokenizer, messages, tools=tools, thinking=thinking) for messages in many]
-        return self._answer(ids, params, progress)
+        return self._answer(ids, params, constraint, progress)
 
     def stats(self) -> EngineStats:
         """The engine's counts: prefix hits, guesses that were right, pages."""
         return self._engine.stats()
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer)
+
+    def _new_mask(self, constraint: Constraint | None, prompt: Sequence[int]) -> Callable[[], LogitsMask] | None:
+        return None if constraint is None else grammar_masks(self._grammars, self.tokenizer, constraint, prompt)
+
     def _answer(
-        self, prompts: list[list[int]], params: SamplingParams | Sequence[SamplingParams] | None, progress: bool | None
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        constraint: Constraint | Sequence[Constraint | None] | None,
+        progress: bool | None,
     ) -> list[Answer]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
         if len(params) != len(prompts):
             raise RequestError(f"{len(params)} sampling parameters for {len(prompts)} prompts")
+        if constraint is None or isinstance(constraint, Constraint):
+            constraint = [constraint] * len(prompts)
+        if len(constraint) != len(prompts):
+            raise RequestError(f"{len(constraint)} constraints for {len(prompts)} prompts")
+        masks = [self._new_mask(one, prompt) for one, prompt in zip(constraint, prompts, strict=True)]
         # A request is forgotten when it has ended, so numbers of calls that broke off do not come back.
         names = [str(next(self._numbers)) for _ in prompts]
         collected = {name: _Collected() for name in names}
         bar = _Bar(len(prompts), sys.stderr.isatty() if progress is None else progress)
         try:
-            for name, prompt, wanted in zip(names, prompts, params, strict=True):
-                self._engine.add(Request(id=name, prompt=tuple(prompt), params=wanted))
+            for name, prompt, wanted, new_mask in zip(names, prompts, params, masks, strict=True):
+                self._engine.add(Request(id=name, prompt=tuple(prompt), params=wanted, new_mask=new_mask))
             while self._engine.has_work:
                 self._step(collected, bar)
         finally:  # whatever happened, such as Ctrl-C: the next call finds an idle engine

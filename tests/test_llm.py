@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import ernie45
-from ernie45 import LLM, SamplingParams
+from ernie45 import LLM, Constraint, SamplingParams
 from ernie45.errors import ConfigError, NotFoundError, RequestError
 
 PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
@@ -127,3 +128,38 @@ def test_settings_are_checked(folder: Path) -> None:
         LLM(folder, page_size=5)
     with pytest.raises(NotFoundError):
         LLM(folder / "nowhere")
+
+
+def test_answers_are_forced_into_shape(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    digits, word = Constraint.regex("[0-9]{3}"), Constraint.choice(["one", "two"])
+    params = SamplingParams(seed=3, n=2, max_tokens=20)
+    answers = llm.generate(["one", "two", "three"], params, constraint=[digits, None, word])
+    assert all(re.fullmatch("[0-9]{3}", choice.text) for choice in answers[0].choices)
+    assert answers[1].choices == llm.generate("two", params)[0].choices
+    assert all(choice.text in ("one", "two") and choice.finish_reason == "stop" for choice in answers[2].choices)
+    messages = [{"role": "user", "content": "hi"}]
+    chosen = llm.chat([messages, messages], params, constraint=word)
+    assert {choice.text for answer in chosen for choice in answer.choices} <= {"one", "two"}
+    speculating = LLM(llm.model, tokenizer=llm.tokenizer, max_model_len=256, speculation=ernie45.NgramSpeculation())
+    again = speculating.generate(["one", "two", "three"], params, constraint=[digits, None, word])
+    assert [answer.choices for answer in again] == [answer.choices for answer in answers]
+
+
+def test_constraints_are_checked_before_anything_is_computed(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    steps = llm.stats().steps
+    with pytest.raises(RequestError, match="1 constraints for 2 prompts"):
+        llm.generate(["one", "two"], PARAMS, constraint=[Constraint.regex("a")])
+    with pytest.raises(RequestError, match="regex cannot be used: unclosed group"):
+        llm.generate(["one", "two"], PARAMS, constraint=[None, Constraint.regex("(")])
+    stats = llm.stats()
+    assert (stats.running, stats.waiting, stats.steps) == (0, 0, steps)
+
+
+def test_a_constraint_without_its_library_says_what_to_install(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ernie45.processing.grammar.find_spec", lambda _: None)
+    fresh = LLM(llm.model, tokenizer=llm.tokenizer, max_model_len=64)
+    with pytest.raises(ConfigError, match=r"pip install 'ernie45\[structured\]'"):
+        fresh.generate("one", PARAMS, constraint=Constraint.regex("a"))
+    assert len(fresh.generate("one", PARAMS)) == 1

@@ -13,8 +13,6 @@ from ernie45.processing.answer_parser import AnswerParser, ContentDelta, Event, 
 from ernie45.processing.detokenizer import Detokenizer
 from ernie45.processing.tokenizer import Tokenizer
 
-_PROMPT_END = 32
-"""Ids at the end of a prompt that are enough to see a tag there, also one that is spelled out."""
 _DIM, _PLAIN_STYLE = "\x1b[2m", "\x1b[22m"
 
 
@@ -40,12 +38,9 @@ class Answer:
         self._quiet = quiet
         self._thinking = False
         answer_format = PLAIN if raw else tokenizer.answer_format
-        start = (
-            "answer"
-            if answer_format is PLAIN
-            else answer_format.start(tokenizer.decode(prompt[-_PROMPT_END:], skip_special_tokens=False))
+        self._parser = AnswerParser(
+            answer_format, start="answer" if answer_format is PLAIN else tokenizer.answer_start(prompt)
         )
-        self._parser = AnswerParser(answer_format, start=start)
         self._detokenizer = None
         if answer_format is not PLAIN:
             self._detokenizer = Detokenizer(tokenizer, keep=tokenizer.answer_tag_ids)

@@ -99,8 +99,10 @@ class Generation:
         return self._accept(token, logprobs)
 
     def _choose(self, logits_V: Tensor) -> int:
+        allowed_V = None if self._mask is None else self._mask.allowed(self.output)
         forced = self.thought.forced
-        if forced is not None:
+        # A grammar of text does not let a thought end inside a character: then that is written out first.
+        if forced is not None and (allowed_V is None or allowed_V[forced]):
             return forced
         banned = {words[-1] for words in self._bad_words if self._ends_with(words[:-1])}
         if len(self.output) < self.params.min_tokens:
@@ -112,7 +114,7 @@ class Generation:
             prompt=self.prompt,
             output=self.output,
             banned=sorted(i for i in banned if i < len(logits_V)),
-            allowed_V=None if self._mask is None else self._mask.allowed(self.output),
+            allowed_V=allowed_V,
         )
 
     def _ends_with(self, tokens: Sequence[int]) -> bool:
@@ -128,6 +130,8 @@ class Generation:
         if stop is not None:
             self.finished = True
             return Piece(text=text, ids=(token,), logprobs=logprobs, finish_reason="stop", stop_reason=stop)
+        if self._mask is not None and self._mask.finished(self.output):
+            return self._finish(text, token, logprobs, "stop")
         if looping:
             return self._finish(text, token, logprobs, "stop", detail="loop")
         if len(self.output) >= self.max_tokens:

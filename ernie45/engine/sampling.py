@@ -43,6 +43,10 @@ class LogitsMask(Protocol):
         """
         ...
 
+    def finished(self, output: Sequence[int]) -> bool:
+        """Whether the output is whole, so that it ends here without an end token. The answer depends on `output` alone."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
@@ -88,12 +92,12 @@ def sample(
 
     Args: logits_V: the model's logits, any float dtype. seed: the request's seed; the step is `len(output)`. prompt,
             output: ids so far. banned: ids that must not be chosen, such as end tokens before `min_tokens`. allowed_V: bool,
-            the only ids that may be chosen; None: all.
+            the only ids that may be chosen, of which the logits may lack the last; None: all.
     Raises: RequestError if the logits hold NaN, or nothing may be chosen.
     """
     logits_V = penalise(logits_V, params, prompt, output)
     if allowed_V is not None:
-        logits_V = logits_V.masked_fill(~allowed_V.to(logits_V.device), -math.inf)
+        logits_V = logits_V.masked_fill(~allowed_V[: len(logits_V)].to(logits_V.device), -math.inf)
     if banned:
         logits_V = logits_V.index_fill(0, torch.tensor(banned, device=logits_V.device), -math.inf)
     # NumPy's argmax takes a thirtieth of torch's time: 6 us. Both give the lowest of equals, and NaN is the largest.

@@ -14,7 +14,6 @@ the constraint begins behind it, also where that is in the middle of a token.
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
 from importlib.util import find_spec
 from threading import Lock
 from typing import Any, Protocol
@@ -61,8 +60,9 @@ class Matcher:
 
     def __init__(self, matcher: Any, num_ids: int, stop_ids: frozenset[int], where: str) -> None:
         """Made by `Grammars.matcher`."""
+        self.num_ids = num_ids
+        """Size of the vocabulary."""
         self._matcher = matcher
-        self._num_ids = num_ids
         self._num_words = _words(num_ids)
         self._stop_ids = stop_ids
         self._where = where
@@ -76,7 +76,11 @@ class Matcher:
 
     @property
     def finished(self) -> bool:
-        """Whether the answer has ended or has to end here: end it, be there an end token or not."""
+        """Whether the answer has ended or has to end here: end it, be there an end token or not.
+
+        Raises: RequestError if it broke off instead, see `mask`.
+        """
+        self._check()
         return self._ended or bool(self._matcher.is_stopped())
 
     def mask(self, bits: NDArray[np.int32]) -> None:
@@ -99,28 +103,6 @@ class Matcher:
         if not bits.any():
             raise RequestError(f"{self._where}: no token of the vocabulary continues the answer")
 
-    def mask_drafts(self, drafts: Sequence[int], bits: NDArray[np.int32]) -> int:
-        """Write the masks of a speculative step: row i is for the position behind `drafts[:i]`.
-
-        Args: drafts: proposed ids. bits: int32 (at least one more row than drafts, words).
-        Returns: how many drafts are allowed, n; rows 0 to n are written, and the drafts behind are impossible. Behind
-            an end token nothing is allowed. The matcher stays where it was.
-        """
-        num_allowed = 0
-        try:
-            self.mask(bits[0])
-            for row, token in enumerate(drafts, 1):
-                if not self.accept(token):
-                    break
-                num_allowed = row
-                if self._ended:
-                    bits[row] = 0
-                    break
-                self.mask(bits[row])
-        finally:
-            self.rollback(num_allowed)
-        return num_allowed
-
     def accept(self, token: int) -> bool:
         """Take the next token; False, and no change, if the grammar does not allow it."""
         if self._ended:
@@ -129,7 +111,7 @@ class Matcher:
             self._ended = self.complete
             self._num_accepted += self._ended
             return self._ended
-        if not 0 <= token < self._num_ids or self._matcher.try_consume_tokens([token]) != 1:
+        if not 0 <= token < self.num_ids or self._matcher.try_consume_tokens([token]) != 1:
             self._check()
             return False
         self._num_accepted += 1
@@ -146,11 +128,14 @@ class Matcher:
             self._check()
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise RequestError(
-                f"{self._where} is too complex at token {self._num_accepted} of the answer: simplify it"
-                f" ({_reason(self._matcher.get_error())})"
-            )
+        if not self._matcher.is_error():
+            return
+        reason = _reason(self._matcher.get_error())
+        if reason == "NoExtensionBias":
+            raise RequestError(f"{self._where}: no token of the vocabulary continues the answer")
+        raise RequestError(
+            f"{self._where} is too complex at token {self._num_accepted} of the answer: simplify it ({reason})"
+        )
 
 
 class Grammars:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ernie45.errors import ConfigError, RequestError
 from ernie45.processing import detokenizer
-from ernie45.processing.answer_format import AnswerFormat, told_answer_format
+from ernie45.processing.answer_format import AnswerFormat, Start, told_answer_format
 from ernie45.processing.backends import Backend, JsonBackend, SentencePieceBackend
 from ernie45.processing.chat_template import ChatTemplate
 from ernie45.processing.files import (
@@ -40,6 +40,9 @@ from ernie45.processing.prompt import MEDIA_MARKERS, RenderedPrompt, Segment, Sh
 from ernie45.processing.vocabulary import Vocabulary, role_ids
 
 _logger = logging.getLogger(__name__)
+
+_PROMPT_END = 32
+"""Ids at the end of a prompt that are enough to see a tag there, also one that is spelled out."""
 
 
 def load_tokenizer(folder: str | Path, *, chat_format: str | None = None) -> "Tokenizer":
@@ -109,6 +112,11 @@ class Tokenizer:
     def answer_format(self) -> AnswerFormat:
         """The markup of answers, for `AnswerParser`."""
         return told_answer_format(self.chat_format, self._template.written_text if self._template else "")
+
+    def answer_start(self, prompt: Sequence[int]) -> Start:
+        """Tell from the end of a prompt's ids where the answer starts."""
+        end = [token_id for token_id in prompt[-_PROMPT_END:] if 0 <= token_id < self.vocab_size]  # padding rows
+        return self.answer_format.start(self.decode(end, skip_special_tokens=False))
 
     @cached_property
     def answer_tag_ids(self) -> frozenset[int]:

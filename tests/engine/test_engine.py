@@ -433,6 +433,9 @@ class OnlyUntil:
             raise self.error
         return allowed
 
+    def finished(self, output: Sequence[int]) -> bool:
+        return False
+
 
 def test_masks_are_obeyed_and_fail_their_request_alone(
     network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, caplog: Any

@@ -22,6 +22,9 @@ class Even:
     def allowed(self, output: Sequence[int]) -> torch.Tensor | None:
         return torch.arange(101) % 2 == 0 if len(output) < 4 else torch.zeros(101, dtype=torch.bool)
 
+    def finished(self, output: Sequence[int]) -> bool:
+        return False
+
 
 def start(
     tokenizer: Tokenizer, prompt: Sequence[int] = (5,), choice: int = 0, mask: Any = None, **params: Any
@@ -140,6 +143,25 @@ def test_a_mask_decides_what_may_come(tokenizer: Tokenizer) -> None:
     assert [generation.step(preferring(11, 13, 20)).ids[0] for _ in range(4)] == [20] * 4
     with pytest.raises(RequestError, match="every token is banned"):
         generation.step(preferring(11, 13, 20))
+
+
+def test_a_mask_says_when_the_output_is_whole(tokenizer: Tokenizer) -> None:
+    class Pair(Even):
+        def finished(self, output: Sequence[int]) -> bool:
+            return len(output) == 2
+
+    loop = LoopDetection(repeats=2, max_pattern=4, min_tokens=2)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"loop_detection": loop},
+        {"max_tokens": 2},
+        {"min_tokens": 4, "ignore_eos": True},
+    ]
+    for params in ways:
+        generation = start(tokenizer, mask=Pair(), **params)
+        first, last = (generation.step(preferring(20)) for _ in range(2))
+        assert (first.finish_reason, generation.finished) == (None, True)
+        assert (last.finish_reason, last.stop_reason, last.finish_detail) == ("stop", None, None)
 
 
 def test_choices_have_seeds_of_their_own(tokenizer: Tokenizer) -> None:

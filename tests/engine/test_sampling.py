@@ -109,6 +109,13 @@ def test_penalties_by_hand() -> None:
     assert torch.equal(untouched, logits)
 
 
+def test_a_mask_may_be_longer_than_the_logits() -> None:
+    """A vocabulary can name ids that the network has no row for."""
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    allowed = torch.tensor([False, True, True, True])
+    assert sample(logits, SamplingParams(temperature=0), seed=0, prompt=[0], output=[], allowed_V=allowed) == 1
+
+
 def test_banned_tokens_are_never_chosen() -> None:
     logits = torch.tensor([5.0, 1.0, 0.0])
     for params in (SamplingParams(temperature=0), SamplingParams()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def folder(tmp_path: Path, small_model: Any) -> Path:
     """A checkpoint with a byte-level tokenizer."""
     tokenizers = pytest.importorskip("tokenizers")
-    vocab = {"</s>": 0} | {c: i + 1 for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    specials = ["<unk>", "<s>", "</s>"]  # the end token where the configuration has it
+    vocab = {c: i for i, c in enumerate([*specials, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])}
     built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = tokenizers.decoders.ByteLevel()
-    built.add_special_tokens(["</s>"])
+    built.add_special_tokens(specials)
     (tmp_path / "tokenizer").mkdir()
     built.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     tokenizer = ernie45.load_tokenizer(tmp_path / "tokenizer")
-    ernie45.save_model(small_model(moe=True, vocab_size=257), tmp_path / "model", tokenizer=tokenizer)
+    ernie45.save_model(small_model(moe=True, vocab_size=259), tmp_path / "model", tokenizer=tokenizer)
     return tmp_path / "model"
 
 
@@ -46,6 +48,14 @@ def test_batch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert printed.count("?") >= 6
     assert "prompt tokens were known" in printed
     assert "second turn: 0 of" not in printed
+
+
+def test_structured(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llguidance")
+    _main("structured.py")(str(folder))
+    printed = capsys.readouterr().out
+    assert re.search(r"mixed\? (positive|negative|mixed)\n.*\? [1-9][0-9]? days\n", printed)
+    assert "as JSON. {" in printed
 
 
 def test_convert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

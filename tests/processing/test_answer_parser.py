@@ -318,7 +318,11 @@ def test_the_start_comes_from_the_prompt(ernie_folder: Path) -> None:
         tokenizer = load_tokenizer(ernie_folder, chat_format=name)
         start = tokenizer.answer_format.start
         for thinking in modes:
-            assert start(tokenizer.render(question, thinking=thinking)) == ("thought" if thinking else "answer")
+            prompt = tokenizer.render(question, thinking=thinking)
+            assert start(prompt) == ("thought" if thinking else "answer")
+            padding = tokenizer.vocab_size + 1  # a row of the network that no id of the vocabulary names
+            for ids in (tokenizer.encode(prompt), [padding, *tokenizer.encode(prompt)[-3:]]):
+                assert tokenizer.answer_start(ids) == start(prompt)
         if not modes:
             assert start(tokenizer.render(question)) == "answer"
     assert HERMES.start("<|im_start|>assistant\n") == "open"

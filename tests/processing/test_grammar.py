@@ -443,25 +443,6 @@ def test_a_refused_token_changes_nothing() -> None:
     assert matcher.accept(ord("b"))
 
 
-def test_drafts_are_masked_in_one_go() -> None:
-    tokenizer = Tiny()
-    num_words = (len(tokenizer.vocabulary.data) + 31) // 32
-    grammars = Grammars(tokenizer)
-    for drafts, expected in (([*b"abx"], 2), ([*b"abc"], 3), ([*b"abc", END, 1], 4), ([], 0), ([*b"x"], 0)):
-        matcher = grammars.matcher(Constraint.choice(["abc", "abd"]))
-        bits = np.full((len(drafts) + 1, num_words), 7, dtype=np.int32)
-        assert matcher.mask_drafts(drafts, bits) == expected
-        for row in range(expected + 1):
-            single = grammars.matcher(Constraint.choice(["abc", "abd"]))
-            assert all(map(single.accept, drafts[:row]))
-            want = np.zeros(num_words, dtype=np.int32)
-            if END not in drafts[:row]:
-                single.mask(want)
-            assert (bits[row] == want).all()
-        assert (bits[expected + 1 :] == 7).all()
-        assert matcher.accept(ord("a")), "it stayed where it was"
-
-
 MALFORMED: list[tuple[Constraint, str]] = [
     (Constraint.regex("("), "regex cannot be used: unclosed group"),
     (Constraint.regex("(?=a)b"), "look-around"),
@@ -549,8 +530,11 @@ def test_a_vocabulary_may_lack_the_tokens() -> None:
     object.__setattr__(tokenizer, "stop_ids", frozenset({1}))
     matcher = Grammars(tokenizer).matcher(Constraint.choice(["ab"]))
     assert matcher.accept(0)
-    with pytest.raises(RequestError, match="choice"):
-        matcher.mask(np.zeros(1, np.int32))
+    for _ in range(2):
+        with pytest.raises(RequestError, match="choice: no token of the vocabulary continues the answer"):
+            matcher.mask(np.zeros(1, np.int32))
+    with pytest.raises(RequestError, match="choice: no token of the vocabulary"):
+        _ = matcher.finished
 
 
 def test_without_the_library_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
