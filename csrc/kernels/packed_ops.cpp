@@ -116,6 +116,17 @@ void round_rows(const float* x, std::size_t rows, std::size_t columns, const Rou
     }
 }
 
+// The input of one matrix, in the calling thread's memory.
+RoundedRows rounded_input(const float* x, std::size_t tokens, const Packed& m, const BlockKernels& kernels) {
+    RoundedBuffer& buffer = scratch().x;
+    buffer.clear();
+    buffer.want(tokens, m.groups());
+    buffer.reserve();
+    const RoundedRows rows = buffer.take(tokens, m.groups(), m.wide);
+    round_rows(x, tokens, m.columns, rows, kernels);
+    return rows;
+}
+
 void run_block(const BlockKernels& kernels, const Packed& m, std::size_t block, const Rounded& x, std::size_t tokens, float* out) {
     kernels.block(m)(m.block_weights(block), m.block_scales(block), m.groups(), m.groups_per_scale, x, tokens, out);
 }
@@ -136,12 +147,7 @@ std::size_t tokens_per_pass(const RoundedRows& x, std::size_t tile) {
 void packed_linear(const float* x, std::size_t tokens, const Packed& m, const float* bias, const float* residual, float* y) {
     if (tokens == 0) return;
     const BlockKernels& kernels = block_kernels();
-    RoundedBuffer& buffer = scratch().x;
-    buffer.clear();
-    buffer.want(tokens, m.groups());
-    buffer.reserve();
-    const RoundedRows rounded = buffer.take(tokens, m.groups(), m.wide);
-    round_rows(x, tokens, m.columns, rounded, kernels);
+    const RoundedRows rounded = rounded_input(x, tokens, m, kernels);
     const std::size_t per_task = blocks_per_task(m.blocks(), m.groups() * m.group_bytes()), per_pass = tokens_per_pass(rounded, kernels.max_tile);
     parallel_for(round_up(m.blocks(), per_task) / per_task, [&](std::size_t task) {
         const std::size_t first = task * per_task, last = std::min(first + per_task, m.blocks());
@@ -190,12 +196,7 @@ void packed_top(const float* x, std::size_t tokens, const Packed& m, const float
                 std::int64_t* ids) {
     if (tokens == 0) return;
     const BlockKernels& kernels = block_kernels();
-    RoundedBuffer& buffer = scratch().x;
-    buffer.clear();
-    buffer.want(tokens, m.groups());
-    buffer.reserve();
-    const RoundedRows rounded = buffer.take(tokens, m.groups(), m.wide);
-    round_rows(x, tokens, m.columns, rounded, kernels);
+    const RoundedRows rounded = rounded_input(x, tokens, m, kernels);
     const std::size_t per_task = blocks_per_task(m.blocks(), m.groups() * m.group_bytes());
     const std::size_t tasks = round_up(m.blocks(), per_task) / per_task;
     std::vector<Found> lists(tasks * tokens * count);
