@@ -7,6 +7,7 @@ the prebuilt `xllamacpp` serves, which uses AVX2 at most.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import statistics
@@ -37,6 +38,19 @@ class LlamaCpp:
     """Folder with `llama-bench` and `llama-batched-bench`; None: the Python package xllamacpp."""
     file: Path | None = None
     """GGUF to use, written if it is not there; None: one that is removed afterwards."""
+
+
+def require(peer: str, llama_cpp: LlamaCpp | None = None) -> None:
+    """Refuse what is not there before anything is measured. Raises: NotFoundError with what to install or build."""
+    tools = None if llama_cpp is None else llama_cpp.tools
+    if peer == "llama.cpp" and tools is not None:
+        for name in ("llama-bench", "llama-batched-bench"):
+            if not (tools / name).is_file():
+                raise NotFoundError(f"there is no {tools / name}: build llama.cpp with that target")
+        return
+    package = {"llama.cpp": "xllamacpp", "transformers": "transformers"}[peer]
+    if importlib.util.find_spec(package) is None:
+        raise NotFoundError(f"{peer} is not installed: pip install {package}")
 
 
 def measure(

@@ -33,6 +33,8 @@ def _run(options: argparse.Namespace) -> int:
         raise UsageError("there is nothing to measure: give --contexts, --prompts, or --batches above 1")
     if options.plot is not None:
         check_plot(options.plot)
+    if options.peer is not None:
+        peers.require(options.peer, _llama_cpp(options))
     if options.model is not None:
         return _bench(resolve(options.model), options)
     if options.folder is not None and (options.folder / "config.json").is_file():
@@ -44,6 +46,10 @@ def _run(options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         _write(Path(scratch, "random"), options)
         return _bench(Path(scratch, "random"), options)
+
+
+def _llama_cpp(options: argparse.Namespace) -> peers.LlamaCpp:
+    return peers.LlamaCpp(tools=options.llama_cpp, file=options.peer_file)
 
 
 def _write(folder: Path, options: argparse.Namespace) -> None:
@@ -72,8 +78,9 @@ def _bench(path: Path, options: argparse.Namespace) -> int:
     rivals: list[Figure] = []
     if options.peer is not None:
         note(f"measuring {options.peer}")
-        llama_cpp = peers.LlamaCpp(tools=options.llama_cpp, file=options.peer_file)
-        rivals = peers.measure(options.peer, path, options.contexts, options.batches, options.prompts, llama_cpp)
+        rivals = peers.measure(
+            options.peer, path, options.contexts, options.batches, options.prompts, _llama_cpp(options)
+        )
     about = facts() | {
         "model": options.shape or path.name,
         "weights": f"seeded random, {options.scheme}" if options.shape else "as in the checkpoint",

@@ -231,3 +231,17 @@ def test_the_best_of_llama_cpps_settings_counts(tmp_path: Path) -> None:
         peers_measure("llama.cpp", tmp_path / "model", (0,), (1,), (), where)
     with pytest.raises(NotFoundError, match="there is no .*build llama.cpp"):
         peers_measure("llama.cpp", tmp_path / "model", (0,), (1,), (), LlamaCpp(tools=tmp_path / "x"))
+
+
+def test_a_peer_that_is_not_there_is_refused_before_measuring(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_packed(DENSE, make_scheme("wint4"), tmp_path / "model")
+    command = ["bench", str(tmp_path / "model"), "--peer", "llama.cpp"]
+    assert main([*command, "--llama-cpp", str(tmp_path)]) != 0
+    written = capsys.readouterr()
+    assert "there is no" in written.err
+    assert "measuring" not in written.err
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert main(command) != 0
+    assert "llama.cpp is not installed: pip install xllamacpp" in capsys.readouterr().err
