@@ -15,7 +15,6 @@ namespace ernie45 {
 namespace {
 
 constexpr std::size_t kFewest = 9;  // tokens for which a tile pays
-constexpr std::size_t kAhead = 3072;  // bytes, see blocks_avx512.cpp
 
 // Tile registers: four sums (64 tokens), A is 16 tokens x 64 or 32 bytes, B is 64 or 32 columns x 16 rows in lines of 4 columns. Macros,
 // because the intrinsics paste the number into assembly. Sums have registers of their own so that four products are under way at once.
@@ -31,8 +30,6 @@ struct alignas(64) TileConfig {
         if (half) bytes_per_row[ERNIE45_A] = 32, rows[ERNIE45_B] = 8;
     }
 };
-
-enum class Grid { kSymmetric4, kSymmetric8, kMinima4 };
 
 // Sums of 16 tokens x 16 rows over the columns of A and B, into register and memory.
 #define ERNIE45_PRODUCT(number, values, sums)          \

@@ -173,11 +173,6 @@ void minima_wide(const std::uint8_t* group, const std::uint16_t* sets, const Gro
     }
 }
 
-// How far ahead weights are asked for, see blocks_avx512.cpp.
-constexpr std::size_t kAhead = 3072;  // bytes
-
-enum class Grid { kSymmetric4, kSymmetric8, kMinima4 };
-
 template <Grid kGrid, bool Wide, std::size_t Tokens>
 void tile(const std::uint8_t* weights, const std::uint16_t* scales, std::size_t groups, std::size_t groups_per_scale,
           const Rounded& x, float* out) {

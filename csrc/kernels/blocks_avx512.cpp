@@ -13,17 +13,11 @@
 namespace ernie45 {
 namespace {
 
-// How far ahead weights are asked for. The hardware's prefetcher stops at page borders, and mapped files have small pages. Into the
-// second-level cache: asking for the first would hold up its few outstanding misses (measured: 20.8 GB/s with T0, 26.6 with T1).
-constexpr std::size_t kAhead = 3072;  // bytes
-
 __m512i word(const std::uint8_t* x) {
     std::int32_t bits;
     std::memcpy(&bits, x, sizeof bits);
     return _mm512_set1_epi32(bits);
 }
-
-enum class Grid { kSymmetric4, kSymmetric8, kMinima4 };
 
 // Integer sums of a run of columns of one group. `start` is what they begin with.
 template <bool Wide, std::size_t Tokens>
