@@ -292,6 +292,11 @@ void bind_packed(nb::module_& m) {
                   "counts: Sequence[int], residual: Tensor | None = None) -> None"),
           "y = residual + weighted sum of units; counts[u] tokens each, or -1 for all tokens with weight 1.");
     m.def("isa", [] { return isa_name(current_isa()); }, nb::sig("def isa() -> str"), "The instruction set in use.");
+    m.def("compiled_isas", [] {
+        std::vector<std::string> names;
+        for (const Isa isa : compiled_isas()) names.emplace_back(isa_name(isa));
+        return names;
+    }, nb::sig("def compiled_isas() -> list[str]"), "The instruction sets that this build holds, worst first.");
     m.def("best_isa", [] { return isa_name(best_isa()); }, nb::sig("def best_isa() -> str"), "The best that this CPU supports.");
     m.def("set_isa", &choose_isa, nb::arg("name"), nb::sig("def set_isa(name: str) -> None"),
           "Use baseline, avx2, avx512 or amx from now on.");

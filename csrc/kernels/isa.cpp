@@ -1,7 +1,6 @@
 #include "kernels/isa.hpp"
 
 #include <atomic>
-#include <initializer_list>
 
 #if defined(ERNIE45_AMX)
 #include <sys/syscall.h>
@@ -52,12 +51,24 @@ std::atomic<Isa>& chosen() {
 
 }  // namespace
 
+std::vector<Isa> compiled_isas() {
+    std::vector<Isa> isas{Isa::kBaseline};
+#if defined(__x86_64__)
+    isas.insert(isas.end(), {Isa::kAvx2, Isa::kAvx512});
+#if defined(ERNIE45_AMX)
+    isas.push_back(Isa::kAmx);
+#endif
+#endif
+    return isas;
+}
+
 Isa best_isa() {
     static const Isa best = [] {
-        for (const Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2}) {
-            if (has(isa)) return isa;
+        Isa found = Isa::kBaseline;
+        for (const Isa isa : compiled_isas()) {
+            if (has(isa)) found = isa;
         }
-        return Isa::kBaseline;
+        return found;
     }();
     return best;
 }

@@ -21,9 +21,6 @@ from ernie45.kernels.native import status
 Kernels = Literal["native", "reference"]
 
 _EXTENSION = "ernie45.kernels._native"
-
-# What `CMakeLists.txt` compiles, worst first, by architecture; a CPU that supports one supports those before it.
-_COMPILED = {"x86_64": ("baseline", "avx2", "avx512", "amx")}
 _VARIABLES = ("ERNIE_KERNELS", "ERNIE_ISA", "ERNIE_THREADS")
 
 
@@ -102,8 +99,9 @@ def in_use() -> KernelsInUse:
     compiled: tuple[str, ...] = ()
     supported: tuple[str, ...] = ()
     if status().available:
-        compiled = _COMPILED.get(str(status().cpu["architecture"]), ("baseline",))
-        supported = compiled[: compiled.index(importlib.import_module(_EXTENSION).best_isa()) + 1]
+        module = importlib.import_module(_EXTENSION)
+        compiled = tuple(module.compiled_isas())
+        supported = compiled[: compiled.index(module.best_isa()) + 1]
     return KernelsInUse(
         kernels="reference" if extension is None else "native",
         why=_why,
