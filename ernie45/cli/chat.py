@@ -17,7 +17,7 @@ import ernie45
 from ernie45.cli.answer import Answer
 from ernie45.cli.conversation import Conversation, limited
 from ernie45.cli.output import ProgressBar, note, print_json
-from ernie45.engine.generation import Piece
+from ernie45.engine.pieces import Piece
 from ernie45.engine.prompts import Prompt, prompt_ids, room_for_answer
 from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
 from ernie45.kernels.choice import kernels

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from ernie45.engine.config import EngineConfig, num_pages, resolve
 from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
-from ernie45.engine.generation import Generation, Piece, join
+from ernie45.engine.generation import Generation
 from ernie45.engine.pages import Books, PagePool
+from ernie45.engine.pieces import Piece, TokenLogprob, join
 from ernie45.engine.prompts import check_ids, room_for_answer
 from ernie45.engine.request import End, EndKind, Event, Output, PromptScores, Request, Usage
 from ernie45.engine.runner import Runner, kv_bytes_per_token
-from ernie45.engine.sampling import TokenLogprob, token_logprob
+from ernie45.engine.sampling import token_logprob
 from ernie45.engine.scheduler import Job, Scheduler, Work
 from ernie45.errors import ConfigError, Ernie45Error, RequestError
 from ernie45.models.text import CausalLM

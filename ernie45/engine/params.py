@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from ernie45.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+SpecialTokens = Literal["skip", "answer_tags", "keep"]
 _MAX_SEED = 2**63 - 1
 _MAX_STRINGS = 64
 _MAX_BIASED = 1024
@@ -66,8 +68,12 @@ class SamplingParams:
     """Choices to generate; the `n` with the highest mean log-probability are returned, best first. None = `n`."""
     stop: tuple[str, ...] = ()
     """Strings that end the output; they are not part of it."""
+    include_stop_str_in_output: bool = False
+    """Make the stop string that ended the output part of it."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end the output, beside the tokenizer's own."""
+    special_tokens: SpecialTokens = "skip"
+    """Special tokens in the text: left out, all but the tags of thoughts and tool calls left out, or all written."""
     ignore_eos: bool = False
     """Go on past the tokenizer's end tokens (not past `stop_token_ids`)."""
     logprobs: int | None = None
@@ -85,6 +91,10 @@ class SamplingParams:
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        if self.special_tokens not in get_args(SpecialTokens):
+            raise RequestError(
+                f"special_tokens is {self.special_tokens!r}, expected one of {', '.join(get_args(SpecialTokens))}"
+            )
         self._check_ranges()
         self._check_choices()
         self._check_lists()

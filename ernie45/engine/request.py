@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ernie45.engine.generation import Piece
 from ernie45.engine.params import SamplingParams, check_range
-from ernie45.engine.sampling import LogitsMask, TokenLogprob
+from ernie45.engine.pieces import Piece, TokenLogprob
 from ernie45.errors import RequestError
+
+if TYPE_CHECKING:  # a mask is tensors, everything else here is free of torch
+    from ernie45.engine.sampling import LogitsMask
 
 
 @dataclass(frozen=True, kw_only=True)

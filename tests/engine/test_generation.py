@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ernie45 import LoopDetection, SamplingParams
-from ernie45.engine.generation import Generation, Piece, join
+from ernie45.engine.generation import Generation
+from ernie45.engine.pieces import Piece, join
 from ernie45.errors import RequestError
 from ernie45.processing.tokenizer import Tokenizer
 
@@ -164,6 +165,29 @@ def test_a_mask_says_when_the_output_is_whole(tokenizer: Tokenizer) -> None:
         assert (last.finish_reason, last.stop_reason, last.finish_detail) == ("stop", None, None)
 
 
+def test_special_tokens_in_the_text_are_a_choice(tokenizer: Tokenizer) -> None:
+    script = [2, 10, END_THINK, 11]  # 2 is <|im_end|>, which ends an answer and is none of its tags
+    plain = tokenizer.decode([10, 11])
+    texts = {}
+    for special in ("skip", "keep"):
+        pieces = play(start(tokenizer, special_tokens=special, ignore_eos=True, max_tokens=4), script)
+        texts[special] = join(pieces, 0).text
+    assert texts == {"skip": plain, "keep": f"<|im_end|>{plain[0]}</think>{plain[1]}"}
+
+
+def test_tags_of_answers_can_be_kept_alone(thinking_tokenizer: Tokenizer) -> None:
+    tags = [thinking_tokenizer.special_tokens[text] for text in ("<|im_end|>", "</think>")]
+    generation = start(thinking_tokenizer, special_tokens="answer_tags", ignore_eos=True, max_tokens=2)
+    assert join(play(generation, tags), 0).text == "</think>"
+
+
+def test_a_stop_string_can_be_part_of_the_output(tokenizer: Tokenizer) -> None:
+    script = tokenizer.encode("one two")
+    kept = play(start(tokenizer, stop=("tw",), include_stop_str_in_output=True), script)
+    left_out = play(start(tokenizer, stop=("tw",)), script)
+    assert (join(kept, 0).text, join(left_out, 0).text) == ("one tw", "one ")
+
+
 def test_choices_have_seeds_of_their_own(tokenizer: Tokenizer) -> None:
     flat = torch.zeros(101)
 
@@ -194,6 +218,7 @@ def test_log_probabilities_of_a_forced_token_are_those_of_the_model(tokenizer: T
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias holds 1025 ids, expected at most 1024"),
         ({"bad_words": ("",)}, "bad_words holds 1 entries"),
         ({"stop_token_ids": ("x",)}, "an id in stop_token_ids is 'x'"),
+        ({"special_tokens": "all"}, "special_tokens is 'all', expected one of skip, answer_tags, keep"),
         ({"prompt_logprobs": 21}, "prompt_logprobs is 21"),
         ({"reasoning_max_tokens": -1}, "reasoning_max_tokens is -1"),
     ],

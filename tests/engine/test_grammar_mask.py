@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from ernie45 import Constraint, EngineConfig, NgramSpeculation, SamplingParams, load_tokenizer
 from ernie45.engine.engine import Engine
-from ernie45.engine.generation import Completion
 from ernie45.engine.grammar_mask import GrammarMask, grammar_masks
+from ernie45.engine.pieces import Completion
 from ernie45.layers.native import use_kernel_leaves
 from ernie45.models.text import CausalLM
 from ernie45.processing.answer_format import Start
