@@ -23,13 +23,14 @@ from torch import Tensor
 from ernie45.engine.config import EngineConfig, num_pages, resolve
 from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
 from ernie45.engine.generation import Generation
-from ernie45.engine.pages import Books, PagePool
+from ernie45.engine.pages import PagePool
 from ernie45.engine.pieces import Piece, TokenLogprob, join
 from ernie45.engine.prompts import check_ids, room_for_answer
 from ernie45.engine.request import End, EndKind, Event, Output, PromptScores, Request, Usage
 from ernie45.engine.runner import Runner, kv_bytes_per_token
 from ernie45.engine.sampling import token_logprob
 from ernie45.engine.scheduler import Job, Scheduler, Work
+from ernie45.engine.stats import EngineStats
 from ernie45.errors import ConfigError, Ernie45Error, RequestError
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
@@ -37,29 +38,6 @@ from ernie45.processing.tokenizer import Tokenizer
 _logger = logging.getLogger(__name__)
 
 _STEP_ERRORS = (RuntimeError, MemoryError, Ernie45Error)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Where things stand, and sums since the engine was built."""
-
-    running: int
-    waiting: int
-    pages: Books
-    page_size: int
-    steps: int
-    prompt_tokens: int
-    """Of requests taken."""
-    cached_tokens: int
-    generated_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int
-    preemptions: int
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """Share of guesses that were right; None before the first guess."""
-        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
 
 
 @dataclass(eq=False, kw_only=True)

@@ -75,6 +75,7 @@ class Generation:
         if forced is not None and (allowed_V is None or allowed_V[forced]):
             return forced
         banned = {words[-1] for words in self._bad_words if self._ends_with(words[:-1])}
+        banned.update(self.params.bad_words_token_ids)
         if len(self.output) < self.params.min_tokens:
             banned |= self._end_ids
         return sample(
@@ -104,9 +105,14 @@ class Generation:
             return self._finish(text, token, logprobs, "stop")
         if looping:
             return self._finish(text, token, logprobs, "stop", detail="loop")
-        if len(self.output) >= self.max_tokens:
+        if len(self.output) >= self.max_tokens or self._answered_enough:
             return self._finish(text, token, logprobs, "length")
         return Piece(text=text, ids=(token,), logprobs=logprobs)
+
+    @property
+    def _answered_enough(self) -> bool:
+        limit = self.params.response_max_tokens
+        return limit is not None and self.thought.num_answer_tokens >= limit
 
     def _finish(
         self,
@@ -135,7 +141,11 @@ class Generation:
 
 
 def _check_ids(params: SamplingParams, vocab_size: int) -> None:
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+        ("bad_words_token_ids", params.bad_words_token_ids),
+    ):
         unknown = [i for i in ids if i >= vocab_size]
         if unknown:
             raise RequestError(f"{name} holds id {unknown[0]}, the tokenizer knows 0 to {vocab_size - 1}")

@@ -115,6 +115,20 @@ def test_a_budget_needs_a_token_that_ends_thoughts(tokenizer: Tokenizer, tmp_pat
     start(without)
 
 
+def test_the_answer_proper_has_a_limit_of_its_own(tokenizer: Tokenizer) -> None:
+    pieces = play(start(tokenizer, prompt=(THINK,), response_max_tokens=2), [10, 11, 12, END_THINK, 20, 21, 22])
+    assert join(pieces, 0).ids == (10, 11, 12, END_THINK, 20, 21)
+    assert pieces[-1].finish_reason == "length"
+    assert len(play(start(tokenizer, response_max_tokens=2), [20, 21, 22])) == 2
+
+
+def test_listed_ids_are_never_chosen(tokenizer: Tokenizer) -> None:
+    generation = start(tokenizer, bad_words_token_ids=(11, 10))
+    assert [generation.step(preferring(10, 11, 12)).ids for _ in range(2)] == [(12,), (12,)]
+    with pytest.raises(RequestError, match="bad_words_token_ids holds id 101, the tokenizer knows 0 to 100"):
+        start(tokenizer, bad_words_token_ids=(101,))
+
+
 def test_loops_end_an_output_and_say_so(tokenizer: Tokenizer) -> None:
     loop = LoopDetection(repeats=3, max_pattern=8, min_tokens=9)
     pieces = play(start(tokenizer, loop_detection=loop), [20, *[30, 31, 32] * 20])
@@ -220,6 +234,9 @@ def test_log_probabilities_of_a_forced_token_are_those_of_the_model(tokenizer: T
         ({"stop_token_ids": ("x",)}, "an id in stop_token_ids is 'x'"),
         ({"special_tokens": "all"}, "special_tokens is 'all', expected one of skip, answer_tags, keep"),
         ({"prompt_logprobs": 21}, "prompt_logprobs is 21"),
+        ({"bad_words_token_ids": (-1,)}, "an id in bad_words_token_ids is -1"),
+        ({"stop_token_ids": tuple(range(1025))}, "stop_token_ids holds 1025 ids, expected at most 1024"),
+        ({"response_max_tokens": 0}, "response_max_tokens is 0"),
         ({"reasoning_max_tokens": -1}, "reasoning_max_tokens is -1"),
     ],
 )
