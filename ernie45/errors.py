@@ -31,6 +31,10 @@ class CapacityError(Ernie45Error):
     """Memory, disk or context is too small for what was asked."""
 
 
+class EngineDownError(Ernie45Error):
+    """The engine's process is not there to take or finish a request: it loads, restarts or shuts down. Try again."""
+
+
 class TransferError(Ernie45Error):
     """A download failed or brought other bytes than promised."""
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ernie45.engine.config import EngineConfig, num_pages, resolve
 from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
 from ernie45.engine.generation import Generation
+from ernie45.engine.memory import available_bytes
 from ernie45.engine.pages import PagePool
 from ernie45.engine.pieces import Piece, TokenLogprob, join
 from ernie45.engine.prompts import check_ids, room_for_answer
@@ -91,7 +92,10 @@ class Engine:
         if guesses and not model.config.num_nextn_predict_layers:
             raise ConfigError("the model has no multi-token prediction block to guess with: use NgramSpeculation")
         layers = model.config.num_hidden_layers + guesses
-        count = num_pages(self.config, kv_bytes_per_token(model, self.config.kv_dtype, layers))
+        self.kv_bytes_per_token = kv_bytes_per_token(model, self.config.kv_dtype, layers)
+        available = available_bytes()
+        spare = None if available is None else available - model.mapped_bytes
+        count = num_pages(self.config, self.kv_bytes_per_token, spare)
         self._runner = Runner(
             model,
             num_pages=count,
