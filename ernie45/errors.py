@@ -27,6 +27,10 @@ class RequestError(Ernie45Error):
     """A request (prompt, messages, sampling parameters) cannot be honoured as it stands."""
 
 
+class ContextLengthError(RequestError):
+    """Prompt and wanted answer together are longer than what is served."""
+
+
 class CapacityError(Ernie45Error):
     """Memory, disk or context is too small for what was asked."""
 

@@ -78,6 +78,7 @@ class Output:
 
 
 EndKind = Literal["finished", "aborted", "failed"]
+EndCause = Literal["request", "timeout", "internal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,8 @@ class End:
     """finished: all choices have their finish reason. aborted: somebody called `abort`. failed: `reason` says why."""
     usage: Usage
     reason: str | None = None
+    cause: EndCause | None = None
+    """Of a failure: request = it asked for what turned out to be impossible; timeout; internal = everything else."""
 
 
 Event = PromptScores | Output | End
