@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -44,8 +45,6 @@ class Reading:
     """Whether calls are looked for."""
     parallel_calls: bool = True
     """False: an answer ends with its first call."""
-    begun: str = ""
-    """Text of the answer that the caller wrote and the model goes on with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +115,14 @@ class Timings:
 class Answering:
     """The answers to the plans of one request. Iterate `deltas` once, or take `whole`; then `usage` is known."""
 
-    def __init__(self, plans: Sequence[Plan], answers: Sequence[Answer], arrived: float) -> None:
-        self._plans, self._answers = plans, answers
+    def __init__(
+        self, plans: Sequence[Plan], answers: Sequence[Answer], arrived: float, on_end: Callable[[Answering], None]
+    ) -> None:
+        """Args: on_end: called once, when the engine has ended all of it, however that came."""
+        self.plans, self._answers, self._on_end = plans, answers, on_end
+        self.failed = False
+        """Whether it ended without answers."""
+        self._closing: asyncio.Task[None] | None = None
         self.usage = Usage()
         self.scores: list[PromptScores | None] = [None] * len(plans)
         """Of each plan's prompt, if asked for; there before the plan's first delta."""
@@ -128,7 +133,7 @@ class Answering:
     async def deltas(self) -> AsyncIterator[Delta]:
         """What comes, as it comes; choices interleave.
 
-        Raises: ApiError if the engine fails at the request. Whoever stops iterating calls `abort`.
+        Raises: ApiError if the engine fails at the request. Whoever iterates calls `close` in the end.
         """
         async for number, event in self._events():
             if isinstance(event, Output):
@@ -160,10 +165,24 @@ class Answering:
                 )
         return [choices[index] for index in sorted(choices)]
 
-    def abort(self) -> None:
-        """Nobody reads on: the engine frees everything within a step. Harmless when all has ended."""
+    def close(self) -> None:
+        """Nobody reads on. What still runs is aborted; the engine frees it within a step and says what it took."""
+        if self._closing is None:
+            for answer in self._answers:
+                answer.abort()
+            self._closing = asyncio.create_task(self._wait_for_ends(), name="ends of a request")
+
+    async def _wait_for_ends(self) -> None:
         for answer in self._answers:
-            answer.abort()
+            if answer.end is None:
+                self.failed = True
+                with suppress(EngineDownError):
+                    async for event in answer:
+                        if isinstance(event, End):
+                            self.usage = _sum(self.usage, event.usage)
+        if self.timings.ended is None:
+            self.timings.ended = time.monotonic()
+        self._on_end(self)
 
     async def _events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events with the number of their plan."""
@@ -178,7 +197,7 @@ class Answering:
             raise ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": "2"}) from error
 
     def _read(self, number: int, output: Output) -> Delta | None:
-        plan = self._plans[number]
+        plan = self.plans[number]
         index = number * plan.params.n + output.index
         reader = self._readers.get(index)
         if reader is None:
@@ -225,8 +244,6 @@ class _Reader:
         self._parser: AnswerParser | None = None
         if reading is not None:
             self._parser = AnswerParser(reading.format, start=reading.start, tools=reading.tools)
-            if reading.begun:
-                self._parser.push(reading.begun)
 
     def push(self, piece: Piece) -> list[Part]:
         if self._parser is None:
