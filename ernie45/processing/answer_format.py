@@ -52,10 +52,13 @@ ANSWER_FORMATS: dict[str, AnswerFormat] = {
 """Answers by chat format."""
 
 
-def told_answer_format(chat_format: str, template: str) -> AnswerFormat:
-    """Return the answer format of a chat format; for one that is not ERNIE's, what its template writes decides."""
+def told_answer_format(chat_format: str, template: str, *, lends_tools: bool = False) -> AnswerFormat:
+    """Return the answer format of a chat format; for one that is not ERNIE's, what its template writes decides.
+
+    Args: lends_tools: tools are expressed in the texts of messages (`tool_text.py`), which say how to call.
+    """
     if chat_format in ANSWER_FORMATS:
         return ANSWER_FORMATS[chat_format]
     thought = _THINK if _THINK[1] in template else None
-    tool_call = _TOOL_CALL if _TOOL_CALL[0] in template else None
+    tool_call = _TOOL_CALL if lends_tools or _TOOL_CALL[0] in template else None
     return AnswerFormat(name="hermes", thought=thought, tool_call=tool_call) if thought or tool_call else PLAIN
