@@ -197,14 +197,19 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
     ) -> RenderedPrompt:
         """Write a conversation as the model was trained to read it.
 
         Args: messages: OpenAI's form, see `messages.py`. tools: function definitions. thinking: whether the model shall
-            think first; None leaves it to the format. add_generation_prompt: open an assistant turn at the end.
+            think first; None leaves it to the format. add_generation_prompt: open an assistant turn at the end; None does
+            unless the final message is continued. continue_final_message: end right behind the text of the last
+            message, an assistant's, for the model to go on with it (`AnswerFormat`'s start is "text" then).
         Raises: RequestError, with the index of the message, for what is malformed or what the format cannot express.
         """
+        if continue_final_message and add_generation_prompt:
+            raise RequestError("continue_final_message and add_generation_prompt exclude each other: send one")
         checked, functions = check_messages(messages), check_tools(tools)
         takes_thoughts = self._template.takes_thoughts_apart if self._template else self.thinking != "never"
         if takes_thoughts:
@@ -213,8 +218,11 @@ class Tokenizer:
         written = self._template.written_text if self._template else ""
         shield = Shield(self._special_strings, [[message.caller_values for message in checked], functions], written)
         shielded = [message.shielded(shield) for message in checked]
-        text = self._chat.render(shielded, shield.value(functions), thinking, add_generation_prompt)
-        return shield.reveal(text)
+        if continue_final_message:
+            shielded[-1] = shielded[-1].marked(shield.mark)
+        opens = add_generation_prompt is not False and not continue_final_message
+        text = self._chat.render(shielded, shield.value(functions), thinking, opens)
+        return shield.reveal(_cut(text, shield.mark) if continue_final_message else text)
 
     def save(self, folder: str | Path) -> None:
         """Write the files from which `load_tokenizer` makes an equal tokenizer; creates the folder.
@@ -294,6 +302,16 @@ class Tokenizer:
             elif self._generation is not None:
                 files[GENERATION] = self._generation
         return files
+
+
+def _cut(text: str, mark: str) -> str:
+    """Return what stands in front of the mark."""
+    if text.count(mark) != 1:
+        raise RequestError(
+            f"continue_final_message: the chat template writes the last message {text.count(mark)} times, so where to go on"
+            " cannot be told: leave it out"
+        )
+    return text.partition(mark)[0]
 
 
 def _as_list(value: Any) -> list[Any]:
