@@ -109,11 +109,9 @@ class _Shaper:
 
     async def frames(self) -> AsyncIterator[bytes]:
         """The answer as events: the role first, then what comes, an end per choice, the usage if asked for."""
-        opened: set[int] = set()
         for index in range(self._plan.params.n):
-            opened.add(index)
-            delta = {"role": "assistant", "content": self._echoed}
-            yield data(self._chunk([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]))
+            role = {"role": "assistant", "content": self._echoed}
+            yield data(self._chunk([{"index": index, "delta": role, "logprobs": None, "finish_reason": None}]))
         held: dict[int, list[Delta]] = {}
         completion_tokens = 0
         first = True

@@ -64,6 +64,22 @@ class Service:
         message = f"there is no model {name[:120]!r} here. Did you mean {meant!r}? GET /v1/models lists what there is"
         raise ApiError(404, message, code="model_not_found", param="model")
 
+    def check_plans(self, plans: Sequence[Plan]) -> None:
+        """Insist on what a caller may ask for. Raises: ApiError."""
+        choices = sum(plan.params.num_generated for plan in plans)
+        if choices > self.config.limits.choices:
+            raise ApiError(
+                400,
+                f"the request asks for {choices} answers, the limit is {self.config.limits.choices}: lower n, best_of or the "
+                "number of prompts",
+                code="invalid_value",
+                param="n",
+            )
+        if len(self.config.api_keys) > 1 and any(plan.priority > 0 for plan in plans):
+            raise ApiError(
+                403, "priority above 0 would go before the requests of others: send 0 or less", param="priority"
+            )
+
     async def in_thread(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Run what takes the processor for a while beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
