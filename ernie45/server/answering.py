@@ -165,6 +165,11 @@ class Answering:
                 )
         return [choices[index] for index in sorted(choices)]
 
+    def fail(self, error: EngineDownError) -> None:
+        """End it from outside: whoever waits for more gets the error."""
+        for answer in self._answers:
+            answer.push(error)
+
     def close(self) -> None:
         """Nobody reads on. What still runs is aborted; the engine frees it within a step and says what it took."""
         if self._closing is None:

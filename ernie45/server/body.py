@@ -23,6 +23,9 @@ class JsonRequest(Request):
         """The body. Raises: ApiError that says where it is no JSON."""
         if not hasattr(self, "_json"):
             self._json = parse(await self.body())
+            if isinstance(self._json, dict):
+                # For errors: a message that begins with one of these names is about that field.
+                self.scope.setdefault("state", {})["fields"] = frozenset(self._json)
         return self._json
 
 

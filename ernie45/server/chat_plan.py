@@ -15,7 +15,7 @@ from ernie45.server.schema.sampling import sampling_params
 from ernie45.server.service import Service
 from ernie45.server.thinking import wants_thinking
 
-_CONSTRAINT_FIELDS = (
+CONSTRAINT_FIELDS = (
     "response_format",
     "guided_json",
     "guided_regex",
@@ -125,7 +125,7 @@ def _as_tool(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def _constraint(request: ChatRequest, tool_use: ToolUse) -> Constraint | None:
-    given = {name: getattr(request, name) for name in _CONSTRAINT_FIELDS if getattr(request, name) is not None}
+    given = {name: getattr(request, name) for name in CONSTRAINT_FIELDS if getattr(request, name) is not None}
     asked = asked_constraint(given)
     if not tool_use.forced:
         return asked

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ernie45.server.asgi import json_bytes
+from ernie45.server.connection import cut
 
 _logger = logging.getLogger(__name__)
 
@@ -45,9 +46,7 @@ class EventStream(Response):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Args: keep_alive_s: silence before a comment is sent. write_timeout_s: how long the client may not read."""
-        super().__init__(
-            headers={"cache-control": "no-store", "x-accel-buffering": "no", "connection": "close", **(headers or {})}
-        )
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._frames, self._on_end = frames, on_end
@@ -60,7 +59,7 @@ class EventStream(Response):
         """Send everything, or stop where there is no sense in going on."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         writer = asyncio.create_task(self._write(send))
-        others = [asyncio.create_task(_gone(receive)), asyncio.create_task(self._watch(send))]
+        others = [asyncio.create_task(_gone(receive)), asyncio.create_task(self._watch(scope, send))]
         try:
             await asyncio.wait([writer, *others], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -87,7 +86,7 @@ class EventStream(Response):
             self._sending_since = None
             self._sent_at = time.monotonic()
 
-    async def _watch(self, send: Send) -> None:
+    async def _watch(self, scope: Scope, send: Send) -> None:
         """Comments in silence; an end to a client that does not read. One timer for the stream, none per token."""
         while True:
             await asyncio.sleep(min(_TICK_S, self._keep_alive_s))
@@ -95,6 +94,7 @@ class EventStream(Response):
             if since is not None:
                 if now - since > self._write_timeout_s:
                     _logger.info("a client has not read its stream for %.0f s: closing it", self._write_timeout_s)
+                    cut(scope)
                     return
             elif now - self._sent_at >= self._keep_alive_s:
                 await self._send(send, _KEEP_ALIVE)
