@@ -22,6 +22,11 @@ export function connect() {
 
 export function useKey(key) {
   state.key = key.trim();
+  // No header can carry anything else, so no server can have given it out.
+  if (!/^[\x21-\x7e]+$/.test(state.key)) {
+    keyRefused();
+    return;
+  }
   try {
     sessionStorage.setItem(KEY, state.key);
   } catch {
@@ -73,13 +78,22 @@ export async function check() {
 
 /** `#key=...` moves to this tab's storage and out of the address, where it could be seen, copied or bookmarked. */
 function takeKeyFromAddress() {
-  const given = /[#&]key=([^&]+)/.exec(location.hash)?.[1];
+  const given = decoded(/[#&]key=([^&]+)/.exec(location.hash)?.[1] ?? "");
   if (given) history.replaceState(null, "", location.pathname + location.search);
   try {
     if (given) sessionStorage.setItem(KEY, given);
-    state.key = given ?? sessionStorage.getItem(KEY) ?? "";
+    state.key = given || (sessionStorage.getItem(KEY) ?? "");
   } catch {
-    state.key = given ?? "";
+    state.key = given;
   }
   return Boolean(given);
+}
+
+/** A key may stand in the address as it is, or escaped. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }

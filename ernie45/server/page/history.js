@@ -83,10 +83,13 @@ function names() {
   }
 }
 
+/** Null for what this page did not write: programs that were served from the same address share the storage. */
 function read(name) {
   try {
     const conversation = JSON.parse(localStorage.getItem(name));
-    return Array.isArray(conversation?.turns) ? conversation : null;
+    const { id, title, system, turns } = conversation;
+    const sound = [id, title, system, ...turns.map((turn) => turn.text)].every((text) => typeof text === "string");
+    return sound && name === PREFIX + id ? conversation : null;
   } catch {
     return null;
   }

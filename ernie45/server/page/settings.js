@@ -14,13 +14,14 @@ const DEFAULTS = {
 };
 
 export function loadSettings() {
-  let stored = {};
+  let stored = null;
   try {
-    stored = JSON.parse(localStorage.getItem(NAME)) ?? {};
+    stored = JSON.parse(localStorage.getItem(NAME));
   } catch {
     // Unreadable settings, or no storage: the defaults hold.
   }
-  state.settings = { ...DEFAULTS, ...stored, values: { ...stored.values } };
+  const texts = Object.entries(stored?.values ?? {}).filter(([, text]) => typeof text === "string");
+  state.settings = { ...DEFAULTS, ...stored, values: Object.fromEntries(texts) };
   apply();
 }
 

@@ -88,7 +88,7 @@ export const strings = {
     error_refused: "The server refused the request",
     error_server: "The server failed",
     error_details: "Details",
-    error_wait: "Again in {seconds} s",
+    error_wait: "You can try again in {seconds} s",
     retry: "Try again",
     storage_failed: "The browser does not store this conversation ({message}). It is lost when the page is closed.",
 
@@ -221,9 +221,9 @@ export const strings = {
     live_rate: "≈ {rate} 词元/秒",
     live_note: "由本页面测量，每个事件计为一个词元",
     usage_in: "输入 {n}",
-    usage_cached: "（缓存 {n}）",
+    usage_cached: "(缓存 {n})",
     usage_out: "输出 {n}",
-    usage_thinking: "（思考 {n}）",
+    usage_thinking: "(思考 {n})",
     usage_rate: "{rate} 词元/秒",
     usage_note: "词元数由服务器统计，时间由本页面测量；速度不计第一个词元。",
 
@@ -304,7 +304,7 @@ export const strings = {
 let language = "en";
 
 export function useLanguage(name) {
-  language = name in strings ? name : "en";
+  language = Object.hasOwn(strings, name) ? name : "en";
   document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
 }
 

@@ -35,17 +35,19 @@ export class KeyDialog extends Component {
     return html`<${Dialog} title=${t("key_title")} onClose=${closeKeyDialog} onSubmit=${() => key.trim() && useKey(key)}>
       ${reason === "missing" && html`<p>${t("key_missing")}</p>`}
       ${reason === "refused" && html`<p class="wrong" role="alert">${t("key_refused")}</p>`}
-      <label class="field">
-        <span>${t("key_label")}</span>
+      <div class="field">
+        <label for="key">${t("key_label")}</label>
         <input
+          id="key"
+          aria-describedby="about-key"
           type="password"
           autocomplete="off"
           autofocus
           value=${key}
           onInput=${(event) => this.setState({ key: event.target.value })}
         />
-        <small>${t("key_note")}</small>
-      </label>
+        <small id="about-key">${t("key_note")}</small>
+      </div>
       <div class="row">
         <div class="space"></div>
         <button type="button" class="button" onClick=${closeKeyDialog}>${t("cancel")}</button>

@@ -7,7 +7,7 @@ import { t } from "./strings.js";
 
 /** `retry` is null where another try is not possible now. Where the server named a time, the button waits for it. */
 export function Failure({ error, retry }) {
-  const details = ["status", "type", "code", "param"].filter((name) => error[name]);
+  const details = ["status", "type", "code", "param"].filter((name) => error[name] && error[name] !== 200);
   const message = error.status === 0 ? t("error_connection_note", { message: error.message }) : error.message;
   const button = html`<button type="button" class="button" onClick=${retry}>${t("retry")}</button>`;
   return html`<section class="failure" role="group" aria-label=${t(title(error))}>

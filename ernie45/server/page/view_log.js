@@ -120,15 +120,16 @@ function Empty() {
 /** What stands in the place of an empty conversation while the server cannot answer yet. */
 function NotReady() {
   const { state: server, message, nextTry } = state.server;
-  const waits = server !== "connecting" && server !== "locked";
+  const loads = !["connecting", "locked", "unreachable"].includes(server);
   return html`<section class=${`empty not-ready ${server}`}>
     ${server === "unreachable" || server === "locked"
       ? html`<${Icon} name=${server === "locked" ? "key" : "warning"} />`
       : html`<div class="spinner"></div>`}
     <h1>${serverStateText()}</h1>
     ${message && html`<p class="message">${message}</p>`}
-    ${waits && server !== "unreachable" && html`<p>${t("server_wait")}</p>`}
-    ${waits && html`<p class="next"><${Countdown} until=${nextTry} text="server_next" /></p>`}
-    ${server === "unreachable" && html`<button type="button" class="button" onClick=${check}>${t("server_try")}</button>`}
+    ${loads && html`<p>${t("server_wait")}</p>`}
+    ${server === "unreachable" &&
+    html`<p class="next"><${Countdown} until=${nextTry} text="server_next" /></p>
+      <button type="button" class="button" onClick=${check}>${t("server_try")}</button>`}
   </section>`;
 }

@@ -42,19 +42,20 @@ function Field({ parameter, maxLength }) {
   const text = state.settings.values[name] ?? "";
   const wrong = problem(parameter, text, maxLength);
   const attributes = {
+    id: `set-${name}`,
     value: text,
     placeholder: t("settings_unset"),
     "aria-invalid": wrong ? "true" : null,
     "aria-describedby": `about-${name}`,
     onInput: (event) => setValue(name, event.target.value),
   };
-  return html`<label class=${`field ${parameter.lines ? "" : "short"}`}>
-    <span>${t(`p_${name}`)} <code>${name}</code></span>
+  return html`<div class=${`field ${parameter.lines ? "" : "short"}`}>
+    <label for=${`set-${name}`}>${t(`p_${name}`)}<code>${name}</code></label>
     ${parameter.lines
       ? html`<textarea rows="2" ...${attributes}></textarea>`
       : html`<input type="text" inputmode="decimal" autocomplete="off" ...${attributes} />`}
     <small id=${`about-${name}`} class=${wrong ? "wrong" : ""}>${wrong || rangeText(parameter, maxLength)}</small>
-  </label>`;
+  </div>`;
 }
 
 function anySet() {

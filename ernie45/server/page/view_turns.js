@@ -63,6 +63,7 @@ export class Question extends Turn {
     return html`<article class="question editing" aria-label=${t("edit")}>
       <textarea
         ref=${this.field}
+        rows="1"
         aria-label=${t("edit")}
         value=${draft}
         onInput=${this.onInput}
