@@ -19,6 +19,7 @@ from ernie45.server.body import invalid
 from ernie45.server.errors import ApiError, api_error
 from ernie45.server.guard import Guard, log_failure
 from ernie45.server.keys import PUBLIC_PATHS, Gate, Keys
+from ernie45.server.page import page_routes
 from ernie45.server.service import Service
 
 PREFIXES = ("/v1", "/v3/openai", "/openai/v1")
@@ -54,10 +55,9 @@ def build_app(service: Service) -> ASGIApp:
     api.include_router(operations.probes)
     public = PUBLIC_PATHS
     if service.config.chat_page:
-        from ernie45.server.page import page_routes
-
-        api.router.routes.extend(page_routes())
-        public |= {route.path for route in page_routes()}
+        pages = page_routes()
+        api.router.routes.extend(pages)
+        public |= {route.path for route in pages}
     _declare_keys(api, public)
     hosts = frozenset(name.lower() for name in service.config.allowed_hosts) if service.config.on_loopback else None
     gate = Gate(api, Keys(service.config.api_keys), public)
