@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from ernie45 import __version__
+from ernie45.errors import Ernie45Error
 from ernie45.server import chat, completions, operations, tokens
 from ernie45.server.asgi import error_bytes
 from ernie45.server.body import invalid
@@ -40,6 +41,7 @@ def build_app(service: Service) -> ASGIApp:
         generate_unique_id_function=lambda route: f"{route.name}_{_identifier(route.path)}",
         exception_handlers={
             ApiError: _on_error,
+            Ernie45Error: _on_error,  # not left to Exception's: behind that one Starlette raises again, and the connection ends
             Exception: _on_error,
             HTTPException: _on_http_error,
             RequestValidationError: _on_error,

@@ -308,3 +308,18 @@ def test_models_by_any_name(server: Served) -> None:
     missing = server.post("/v1/chat/completions", {"model": "tinny", "messages": [{"role": "user", "content": "x"}]})
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
     assert "'tiny'" in missing.json()["error"]["message"]
+
+
+def test_a_refused_request_leaves_its_connection_open(server: Served) -> None:
+    def post(client: Any, **fields: Any) -> int:
+        body = {"messages": [{"role": "user", "content": "x" * 4000}], "max_tokens": 1, **fields}
+        return int(client.post("/v1/chat/completions", json=body).status_code)
+
+    before = len(server.log)
+    with server.client() as client:
+        assert post(client) == 400
+        (kept,) = client._transport._pool.connections
+        assert kept.is_idle()
+        assert [post(client), post(client, logit_bias={"999999": 1}), post(client)] == [400, 400, 400]
+        assert client._transport._pool.connections == [kept]
+    assert not any("Traceback" in line for line in server.log[before:])
