@@ -121,20 +121,18 @@ class _Shaper:
             waiting.append(delta)
             if delta.finish_reason is None and sum(len(one.piece.ids) for one in waiting) < self._body.chunk_tokens:
                 continue
-            shown = self._shown(held.pop(delta.index))
-            if shown is None:
-                continue
-            chunk = self._chunk([shown])
-            if first:
-                first = False
-                self._add_prompt(chunk)
-            if self._body.wants_running_usage:
-                chunk["usage"] = {
-                    "prompt_tokens": len(self._plan.prompt),
-                    "completion_tokens": completion_tokens,
-                    "total_tokens": len(self._plan.prompt) + completion_tokens,
-                }
-            yield data(chunk)
+            for shown in self._shown(held.pop(delta.index)):
+                chunk = self._chunk([shown])
+                if first:
+                    first = False
+                    self._add_prompt(chunk)
+                if self._body.wants_running_usage:
+                    chunk["usage"] = {
+                        "prompt_tokens": len(self._plan.prompt),
+                        "completion_tokens": completion_tokens,
+                        "total_tokens": len(self._plan.prompt) + completion_tokens,
+                    }
+                yield data(chunk)
             if delta.finish_reason is not None:
                 self._service.metrics.finished(delta.finish_reason)
         if self._body.wants_usage:
@@ -154,28 +152,33 @@ class _Shaper:
         if self._body.return_token_ids:
             chunk["prompt_token_ids"] = list(self._plan.prompt)
 
-    def _shown(self, deltas: list[Delta]) -> dict[str, Any] | None:
-        """A choice's part of a chunk; None if there is nothing to show yet, as for half a character."""
+    def _shown(self, deltas: list[Delta]) -> list[dict[str, Any]]:
+        """A choice's parts of chunks: what is new of it, then its end; none while nothing can be shown, as for half a character.
+
+        The end is apart, with nothing beside it, as OpenAI's is: clients may stop reading a choice where they see its reason.
+        """
         last = deltas[-1]
         delta = self._delta([part for one in deltas for part in one.parts])
-        tells = bool(self._body.logprobs or self._body.return_token_ids)
-        if not delta and last.finish_reason is None and not tells:
-            return None
-        shown: dict[str, Any] = {
-            "index": last.index,
-            "delta": delta,
-            "logprobs": None,
-            "finish_reason": None if last.finish_reason is None else self._finish_reason(last.finish_reason),
-        }
-        if self._body.logprobs:
-            logprobs = [logprob for one in deltas for logprob in one.piece.logprobs]
-            shown["logprobs"] = chat_logprobs(self._service.tokenizer, logprobs)
-        if self._body.return_token_ids:
-            shown["token_ids"] = [token for one in deltas for token in one.piece.ids]
+        shown = []
+        if delta or self._body.logprobs or self._body.return_token_ids:
+            news: dict[str, Any] = {"index": last.index, "delta": delta, "logprobs": None, "finish_reason": None}
+            if self._body.logprobs:
+                logprobs = [logprob for one in deltas for logprob in one.piece.logprobs]
+                news["logprobs"] = chat_logprobs(self._service.tokenizer, logprobs)
+            if self._body.return_token_ids:
+                news["token_ids"] = [token for one in deltas for token in one.piece.ids]
+            shown.append(news)
         if last.finish_reason is not None:
-            shown["stop_reason"] = self._stop_reason(last.piece.stop_reason)
+            end: dict[str, Any] = {
+                "index": last.index,
+                "delta": {},
+                "logprobs": None,
+                "finish_reason": self._finish_reason(last.finish_reason),
+                "stop_reason": self._stop_reason(last.piece.stop_reason),
+            }
             if last.finish_detail is not None:
-                shown["finish_detail"] = last.finish_detail
+                end["finish_detail"] = last.finish_detail
+            shown.append(end)
         return shown
 
     def _delta(self, parts: list[Part]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ _TYPES = {
 }
 # Anthropic's names where they differ.
 _ANTHROPIC_TYPES = {500: "api_error", 503: "overloaded_error", 504: "api_error", 408: "api_error"}
+# LangChain and litellm tell this error from other 400s by words in its message, as they know them from OpenAI and vLLM.
+_CONTEXT_WORDS = "context_length_exceeded: the request is longer than the model's context length"
 _LEADING_FIELD = re.compile(r"[a-z_]\w*(\[\d+\])?(\.\w+(\[\d+\])?)*(?= )")
 
 
@@ -71,7 +73,8 @@ def api_error(error: Exception, fields: frozenset[str] = frozenset()) -> ApiErro
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextLengthError):
-        return ApiError(400, str(error), code="context_length_exceeded", param=_prompt_field(fields))
+        message = f"{error} ({_CONTEXT_WORDS})"
+        return ApiError(400, message, code="context_length_exceeded", param=_prompt_field(fields))
     if isinstance(error, RequestError):
         return ApiError(400, str(error), code="invalid_value", param=_named_field(str(error), fields))
     if isinstance(error, EngineDownError):

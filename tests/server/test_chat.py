@@ -81,6 +81,16 @@ def test_a_stream_begins_with_the_role_and_has_no_chunk_without_choices(server: 
     assert len({event["id"] for event in events[:-1]}) == 1
 
 
+def test_each_choice_of_a_stream_ends_with_its_reason_alone(server: Served) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6, "n": 2, "logprobs": True, "seed": 1}
+    choices = [event["choices"][0] for event in server.events("/v1/chat/completions", body)[:-1]]
+    for index in (0, 1):
+        *before, end = (choice for choice in choices if choice["index"] == index)
+        assert (end["delta"], end["finish_reason"], end["logprobs"]) == ({}, "length", None)
+        assert {choice["finish_reason"] for choice in before} == {None}
+        assert sum(len(choice["logprobs"]["content"]) for choice in before if choice["logprobs"]) == 6
+
+
 def test_seeds_repeat_and_temperature_zero_is_greedy(server: Served) -> None:
     def text(**fields: Any) -> str:
         message = server.chat(max_tokens=24, **fields)["choices"][0]["message"]
@@ -263,6 +273,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_the_numbers(server: Served) 
     error = response.json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "2048" in error["message"]
+    assert "is longer than the model's context length" in error["message"]  # by which litellm knows it
     near = server.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2048})
     assert near.json()["error"]["code"] == "context_length_exceeded"
 
