@@ -105,8 +105,8 @@ class Constraint:
 def asked_constraint(request: Mapping[str, Any]) -> Constraint | None:
     """Read the constraint of a request in any of its spellings; None if there is none.
 
-    Understood are `response_format` (OpenAI), `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`
-    (FastDeploy, older vLLM) and `structured_outputs` (vLLM).
+    Understood are `response_format` (OpenAI; its json_object may have a schema beside it), `guided_json`, `guided_regex`,
+    `guided_choice`, `guided_grammar` (FastDeploy, older vLLM) and `structured_outputs` (vLLM).
     Raises: RequestError for more than one, and for what is malformed or not supported.
     """
     found = [_response_format(request["response_format"])] if request.get("response_format") is not None else []
@@ -161,7 +161,11 @@ def _response_format(asked: object) -> Constraint | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return Constraint.json_object()
+        # huggingface_hub's client writes json_schema like that; llama.cpp's and other servers know `schema`.
+        beside = next((name for name in ("schema", "value") if asked.get(name) is not None), None)
+        if beside is None:
+            return Constraint.json_object()
+        return Constraint.json_schema(asked[beside], f"response_format.{beside}")
     inner = asked.get("json_schema")
     if not isinstance(inner, Mapping) or inner.get("schema") is None:
         raise RequestError("response_format.json_schema needs a schema")

@@ -17,6 +17,8 @@ ASKED: list[tuple[dict[str, Any], Constraint | None]] = [
     ({"response_format": None, "guided_json": None, "structured_outputs": {}}, None),
     ({"response_format": {"type": "text"}}, None),
     ({"response_format": {"type": "json_object"}}, Constraint.json_object()),
+    ({"response_format": {"type": "json_object", "value": SCHEMA}}, Constraint.json_schema(SCHEMA)),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, Constraint.json_schema(SCHEMA)),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}},
         Constraint.json_schema(SCHEMA),
@@ -40,6 +42,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "xml"}}, "response_format.type is 'xml'"),
     ({"response_format": "json"}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "needs a schema"),
+    ({"response_format": {"type": "json_object", "value": {"not": {}}}}, "response_format.value: .*'not'"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
         r"response_format.json_schema.schema: .*'not'",
