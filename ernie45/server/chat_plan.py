@@ -23,6 +23,8 @@ CONSTRAINT_FIELDS = (
     "guided_grammar",
     "structured_outputs",
 )
+_ECHOED = ("annotations", "cache_control", "parsed", "provider_specific_fields")
+"""Fields of a message that say nothing to a model: parts of answers, which clients send back, and hints at caches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,7 @@ def tools_of(request: ChatRequest) -> ToolUse:
 
 def as_message(message: ChatMessage) -> dict[str, Any]:
     """A message as the tokenizer takes it: older and other spellings replaced by OpenAI's present one."""
-    plain = message.model_dump(exclude_none=True)
+    plain = message.model_dump(exclude_none=True, exclude=set(_ECHOED))
     thought = plain.pop("reasoning", None)
     if thought is not None:
         plain.setdefault("reasoning_content", thought)

@@ -322,15 +322,36 @@ def test_models_by_any_name(server: Served) -> None:
 
 
 def test_a_refused_request_leaves_its_connection_open(server: Served) -> None:
-    def post(client: Any, **fields: Any) -> int:
-        body = {"messages": [{"role": "user", "content": "x" * 4000}], "max_tokens": 1, **fields}
-        return int(client.post("/v1/chat/completions", json=body).status_code)
+    connected: list[str] = []
+
+    def note(event: str, info: Any) -> None:
+        if event == "connection.connect_tcp.complete":
+            connected.append(event)
 
     before = len(server.log)
     with server.client() as client:
-        assert post(client) == 400
-        (kept,) = client._transport._pool.connections
-        assert kept.is_idle()
-        assert [post(client), post(client, logit_bias={"999999": 1}), post(client)] == [400, 400, 400]
-        assert client._transport._pool.connections == [kept]
+        for fields in ({}, {"max_tokens": 0}, {"logit_bias": {"999999": 1}}, {}):
+            body = {"messages": [{"role": "user", "content": "x" * 4000}], "max_tokens": 1, **fields}
+            refused = client.post("/v1/chat/completions", json=body, extensions={"trace": note})
+            assert refused.status_code == 400
+    assert len(connected) == 1
     assert not any("Traceback" in line for line in server.log[before:])
+
+
+def test_a_conversation_may_hold_what_other_programs_put_into_it(server: Served) -> None:
+    call = {
+        "id": "c1",
+        "index": 0,
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": '{"city": "x"}'},
+    }
+    text = {"type": "text", "text": "Weather?", "cache_control": {"type": "ephemeral"}}
+    answer = {"role": "assistant", "content": None, "refusal": None, "annotations": [{"type": "url_citation"}]}
+    turns = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": [text]},
+        {**answer, "parsed": {"x": 1}, "provider_specific_fields": {"refusal": None}, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "name": "get_weather", "content": [{"type": "text", "text": "sunny"}]},
+    ]
+    response = server.post("/v1/chat/completions", {"messages": turns, "tools": [TOOL], "max_tokens": 1})
+    assert response.status_code == 200, response.text

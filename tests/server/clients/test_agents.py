@@ -171,13 +171,13 @@ def test_tools_beside_an_output_type(make_model: Any) -> None:
         """Answer pong."""
         return "pong"
 
-    agent = agents.Agent(
-        name="Both", model=make_model(), tools=[ping], output_type=Route, model_settings=FREE
-    )
+    agent = agents.Agent(name="Both", model=make_model(), tools=[ping], output_type=Route, model_settings=FREE)
     assert isinstance(run(agent).final_output, Route)
 
 
-@pytest.mark.xfail(strict=True, reason="a schema for the text keeps calls from being made: the grammar has no way into one")
+@pytest.mark.xfail(
+    strict=True, reason="a schema for the text keeps calls from being made: the grammar has no way into one"
+)
 def test_a_call_can_be_made_beside_a_schema(default_server: Served) -> None:
     """What an agent with tools and an output type relies on. A bias in place of sense lets the model want to call."""
     tag = next(

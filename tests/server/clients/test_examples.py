@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.served import Served
-
 EXAMPLES = Path(__file__).parents[3] / "examples" / "clients"
 NEEDS = {"sample.py": "openai", "tools.py": "openai", "handoff.py": "agents", "extract.py": "langchain_openai"}
 PROMISED = {

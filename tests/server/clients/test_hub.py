@@ -32,7 +32,12 @@ def test_chat_whole_and_streamed_are_equal(client: Any) -> None:
 
 def test_openais_spelling_and_what_only_this_server_knows(client: Any) -> None:
     answer = client.chat.completions.create(
-        messages=HELLO, model=MODEL, max_tokens=30, extra_body={"guided_choice": ["yes", "no"]}, logprobs=True, top_logprobs=2
+        messages=HELLO,
+        model=MODEL,
+        max_tokens=30,
+        extra_body={"guided_choice": ["yes", "no"]},
+        logprobs=True,
+        top_logprobs=2,
     )
     assert answer.choices[0].message.content in ("yes", "no")
     assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
@@ -45,6 +50,8 @@ def test_a_tool_is_called(client: Any) -> None:
     call = answer.choices[0].message.tool_calls[0]
     assert call.function.name == "lamp"
     assert set(json.loads(call.function.arguments)) == {"on"}
+    turns = [*HELLO, answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "on"}]
+    assert client.chat_completion(turns, model=MODEL, tools=[tool], max_tokens=2).choices
 
 
 def test_an_answer_keeps_to_a_schema(client: Any) -> None:

@@ -29,7 +29,9 @@ def test_whole_and_streamed_are_equal(default_server: Served) -> None:
     assert rebuilt.choices[0].message.content == (whole.choices[0].message.content or None)
     assert rebuilt.usage.total_tokens == whole.usage.total_tokens
     reasons = [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason]
-    assert reasons == [whole.choices[0].finish_reason]  # `rebuilt` has lost it: litellm looks at its last chunk, the usage
+    assert reasons == [
+        whole.choices[0].finish_reason
+    ]  # `rebuilt` has lost it: litellm looks at its last chunk, the usage
 
 
 def test_thoughts_are_apart(server: Served) -> None:
@@ -53,6 +55,8 @@ def test_a_tool_is_called(default_server: Served, stream: bool) -> None:
     (call,) = choice.message.tool_calls
     assert choice.finish_reason == "tool_calls"
     assert (call.function.name, set(json.loads(call.function.arguments))) == ("lamp", {"on"})
+    result = {"role": "tool", "tool_call_id": call.id, "name": "lamp", "content": "on"}
+    assert ask(default_server, messages=[*HELLO, choice.message, result], tools=[tool], max_tokens=2).choices
 
 
 def test_errors_have_litellms_classes(default_server: Served) -> None:
