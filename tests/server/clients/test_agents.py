@@ -175,6 +175,17 @@ def test_tools_beside_an_output_type(make_model: Any) -> None:
     assert isinstance(run(agent).final_output, Route)
 
 
+def test_the_environment_is_enough(default_environment: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No client and no model class: the SDK makes both, from a name and the two variables."""
+    from agents.models import _openai_shared as shared
+
+    monkeypatch.setattr(shared, "_use_responses_by_default", True)  # put back afterwards
+    monkeypatch.setattr(shared, "_default_openai_client", None)
+    agents.set_default_openai_api("chat_completions")
+    agent = agents.Agent(name="Clerk", model=MODEL, output_type=Route, model_settings=FREE)
+    assert isinstance(run(agent).final_output, Route)
+
+
 @pytest.mark.xfail(
     strict=True, reason="a schema for the text keeps calls from being made: the grammar has no way into one"
 )

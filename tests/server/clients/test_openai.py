@@ -331,9 +331,14 @@ def test_too_many_requests_are_tried_again_when_the_server_says(narrow: Served) 
         assert patient.completions.create(model="ernie", prompt="Go", max_tokens=1).choices
 
 
-def test_a_dead_engine_is_waited_for(narrow: Served) -> None:
+def test_a_dead_engine_is_an_error_and_then_waited_for(narrow: Served) -> None:
     with _narrow_client(narrow, 0) as client, _narrow_client(narrow, 6) as patient:
+        stream = client.completions.create(model="ernie", prompt="Go", stream=True, extra_body={"ignore_eos": True})
+        next(iter(stream))
         os.kill(narrow.engine_pid(), signal.SIGKILL)
+        with pytest.raises(openai.APIError) as broken:
+            list(stream)
+        assert broken.value.code == "engine_unavailable"
         while narrow.get("/ready").status_code == 200:  # until the server has noticed
             pass
         with pytest.raises(openai.InternalServerError) as raised:
