@@ -18,6 +18,7 @@ from ernie45 import Constraint, EngineConfig, NgramSpeculation, SamplingParams, 
 from ernie45.engine.engine import Engine
 from ernie45.engine.grammar_mask import GrammarMask, grammar_masks
 from ernie45.engine.pieces import Completion
+from ernie45.engine.sampling import LogitsMask
 from ernie45.errors import RequestError
 from ernie45.layers.native import use_kernel_leaves
 from ernie45.models.text import CausalLM
@@ -260,15 +261,44 @@ def test_a_thought_ends_behind_a_character_not_inside(thinking: Setting, drive: 
     assert driver.completion("x").finish_reason == "stop"
 
 
-@given(places=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), max_size=12))
+class Unprepared:
+    """A mask that does not work ahead."""
+
+    def __init__(self, mask: LogitsMask) -> None:
+        self.allowed, self.finished = mask.allowed, mask.finished
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS.values()], ids=["plain", *WAYS])
+def test_working_ahead_changes_nothing(plain: Setting, drive: Any, way: dict[str, Any]) -> None:
+    found = []
+    for wrap in (Unprepared, lambda mask: mask):
+        driver = drive(plain.engine(**way))
+        for name, (constraint, _) in KINDS.items():
+            masks = plain.masks(constraint)
+            driver.add(name, PROMPT, replace(PARAMS, n=2), new_mask=lambda masks=masks, wrap=wrap: wrap(masks()))
+        driver.step()
+        driver.engine.abort("regex")
+        driver.run()
+        found.append([driver.completion(name, index) for name in KINDS if name != "regex" for index in range(2)])
+    assert found[0] == found[1]
+
+
+Place = st.tuples(st.integers(0, 2), st.integers(0, 30), st.booleans())
+
+
+@given(places=st.lists(Place, max_size=12))
 @settings(max_examples=30, deadline=None)
-def test_a_mask_depends_on_the_output_alone(plain: Setting, places: list[tuple[int, int]]) -> None:
+def test_a_mask_depends_on_the_output_alone(plain: Setting, places: list[tuple[int, int, bool]]) -> None:
     constraint = Constraint.json_schema(SCHEMA)
     texts = ['{"name": "a b", "kind": "beta", "sizes": []}', '{"name": "a", "kind": "alpha"', '{\n "name":"']
     used = GrammarMask(plain.grammars.matcher(constraint))
-    for text, length in places:
+    for text, length, ahead in places:
         output = plain.tokenizer.encode(texts[text])[:length]
         fresh = GrammarMask(plain.grammars.matcher(constraint))
+        if ahead:  # and perhaps in vain, for another output
+            if not fresh.finished(output):
+                used.prepare(output)
+            continue
         assert used.finished(output) == fresh.finished(output)
         if not fresh.finished(output):
             allowed = used.allowed(output)
