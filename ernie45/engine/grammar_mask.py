@@ -79,7 +79,7 @@ def grammar_masks(
     if begun is None:
         start = tokenizer.answer_start(prompt)
         return lambda: GrammarMask(grammars.matcher(constraint, start))
-    if constraint.kind == "tool_calls":
+    if constraint.kind == "tool_calls" and not constraint.leaves_text_free:
         raise RequestError(
             "tool_choice forces a call, which cannot go on with a text: leave continue_final_message out"
         )

@@ -80,9 +80,17 @@ class Constraint:
 
     @classmethod
     def tool_calls(
-        cls, tools: Sequence[Mapping[str, Any]], name: str | None = None, *, parallel: bool = True
+        cls,
+        tools: Sequence[Mapping[str, Any]],
+        name: str | None = None,
+        *,
+        parallel: bool = True,
+        required: bool = True,
     ) -> "Constraint":
-        """Calls of the given tools and nothing else.
+        """Calls of the given tools and nothing else, or, if they are not `required`, text and calls.
+
+        Where calls are not required, arguments keep to the schemas of those tools that are `strict`; those of others are any
+        object.
 
         Args: tools: as in the request. name: the only one to call. parallel: whether there may be several calls.
         Raises: RequestError for an unknown name, or parameters that cannot be enforced.
@@ -95,11 +103,18 @@ class Constraint:
             raise RequestError(f"tool_choice names {name!r}, which is not among the tools: {', '.join(names)}")
         functions = {
             tool["function"]["name"]: _parameters(tool["function"], f"tools[{idx}].function.parameters")
+            if required or tool["function"].get("strict")
+            else {"type": "object"}
             for idx, tool in enumerate(checked)
             if name in (None, tool["function"]["name"])
         }
-        asked = {"functions": functions, "parallel": parallel}
+        asked = {"functions": functions, "parallel": parallel, "required": required}
         return cls("tool_calls", json.dumps(asked, ensure_ascii=False), "tools")
+
+    @property
+    def leaves_text_free(self) -> bool:
+        """Whether the answer may be any text, and only calls in it are constrained."""
+        return self.kind == "tool_calls" and not json.loads(self.source)["required"]
 
 
 def asked_constraint(request: Mapping[str, Any]) -> Constraint | None:

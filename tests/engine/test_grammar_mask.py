@@ -186,6 +186,35 @@ def test_what_cannot_be_written_fails_alone_and_once(
     assert driver.completion("fine").text in ("ab", "ba")
 
 
+NUMBER = {"properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
+
+
+def test_every_call_in_free_text_keeps_to_its_schema(thinking: Setting, drive: Any) -> None:
+    """The network likes to open calls and to end; what stands in them is up to chance."""
+    tokenizer = thinking.tokenizer
+    constraint = Constraint.tool_calls([{"name": "f", "strict": True, "parameters": NUMBER}], required=False)
+    bias = {tokenizer.special_tokens["<tool_call>"]: 4.0, next(iter(tokenizer.stop_ids)): 3.0}
+    params = replace(PARAMS, n=8, max_tokens=150, logit_bias=bias)
+    prompt = [*PROMPT, tokenizer.special_tokens["</think>"]]
+    outputs = []
+    for speculation in (None, NgramSpeculation(min_ngram=1)):
+        driver = drive(thinking.engine(speculation=speculation))
+        driver.add("x", prompt, params, new_mask=thinking.masks(constraint, prompt))
+        driver.run()
+        outputs.append([driver.completion("x", index) for index in range(8)])
+    assert outputs[0] == outputs[1]
+    calls = []
+    for choice in outputs[0]:
+        detokenizer = Detokenizer(tokenizer, keep=tokenizer.answer_tag_ids)
+        parser = AnswerParser(tokenizer.answer_format, start="answer", tools=True)
+        text = "".join([*map(detokenizer.push, choice.ids), detokenizer.finish()])
+        answer = collected([*parser.push(text), *parser.finish()])
+        ended = answer.tool_calls if choice.finish_reason == "stop" else answer.tool_calls[:-1]
+        calls += [(call.name, json.loads(call.arguments), call.error) for call in ended]
+    assert len(calls) > 3
+    assert all(call in [("f", {"n": 1}, None), ("f", {"n": 22}, None)] for call in calls)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_that_the_caller_began_is_part_of_the_answer(
     plain: Setting, thinking: Setting, drive: Any, kind: str
