@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 
@@ -28,16 +28,15 @@ def meanwhile(jobs: Sequence[Callable[[], object]]) -> Iterator[None]:
             with suppress(Exception):
                 job()
 
-    try:
+    working: Future[None] | None = None
+    # A RuntimeError: the interpreter is on its way out and begins nothing new, but this thread may still finish.
+    with suppress(RuntimeError):
         working = _worker(os.getpid()).submit(work)
-    except RuntimeError:  # the interpreter is on its way out and begins nothing new, but this thread may still finish
-        yield
-        return
     try:
         yield
     finally:
         over = True
-        if not working.cancel():
+        if working is not None and not working.cancel():
             working.exception()  # waits
 
 
