@@ -23,6 +23,7 @@ from torch import Tensor
 from ernie45.engine.config import EngineConfig, num_pages, resolve
 from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
 from ernie45.engine.generation import Generation
+from ernie45.engine.meanwhile import meanwhile
 from ernie45.engine.memory import available_bytes
 from ernie45.engine.pace import Pace
 from ernie45.engine.pages import PagePool
@@ -229,8 +230,9 @@ class Engine:
 
     def _run(self, work: Sequence[Work]) -> None:
         try:
-            hidden_TH = self._runner.hidden(work)
-            logits = self._runner.logits_to_sample(hidden_TH, work)
+            with meanwhile(self._preparations(work)):
+                hidden_TH = self._runner.hidden(work)
+                logits = self._runner.logits_to_sample(hidden_TH, work)
         except _STEP_ERRORS as error:
             self._fail(work, error)
             return
@@ -254,6 +256,11 @@ class Engine:
             going_on.append((one, start))
         if isinstance(self.config.speculation, MtpSpeculation):
             self._guess(hidden_TH, [(one, row) for one, row in going_on if one.job in self._choices])
+
+    def _preparations(self, work: Sequence[Work]) -> list[Callable[[], None]]:
+        """What can be done for the choices that this step samples, before their logits are there."""
+        found = (self._choices[one.job].generation.preparation for one in work if one.samples)
+        return [prepare for prepare in found if prepare is not None]
 
     def _guess(self, hidden_TH: Tensor, work: Sequence[tuple[Work, int]]) -> None:
         """Let the prediction block follow the step and guess."""

@@ -71,6 +71,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prompt: list[int]
     params: SamplingParams
     constraint: Constraint | None = None
+    begun: str | None = None
+    """Text that the prompt ends with and the answer continues, as part of what is constrained."""
     priority: int = 0
     tenant: str = ""
     cache_salt: str | None = None
