@@ -355,9 +355,10 @@ def test_a_wrong_key_is_asked_for_again(watched: Watched, fake: FakeServer) -> N
     page.goto(fake.url)
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("This server asks for its key")
-    dialog.get_by_label("Key").fill("wrong")
-    page.keyboard.press("Enter")
-    expect(dialog).to_contain_text("The server refused this key")
+    for wrong in ("wrong", "密钥"):
+        dialog.get_by_label("Key").fill(wrong)
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("The server refused this key")
     dialog.get_by_label("Key").fill(KEY)
     page.keyboard.press("Enter")
     expect(dialog).to_have_count(0)
@@ -760,6 +761,11 @@ def test_keyboard_alone_and_what_is_read_out(page: Any, fake: FakeServer) -> Non
     )
     assert unlabelled == []
     assert page.evaluate("!document.querySelector('.log').closest('[aria-live]')"), "not every token is read out"
+    page.get_by_label("Settings").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Close")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Settings")).to_be_focused()
     page.keyboard.press("Shift+Tab")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 

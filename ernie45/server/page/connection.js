@@ -22,11 +22,6 @@ export function connect() {
 
 export function useKey(key) {
   state.key = key.trim();
-  // No header can carry anything else, so no server can have given it out.
-  if (!/^[\x21-\x7e]+$/.test(state.key)) {
-    keyRefused();
-    return;
-  }
   try {
     sessionStorage.setItem(KEY, state.key);
   } catch {
@@ -53,6 +48,11 @@ export function keyRefused() {
 export async function check() {
   clearTimeout(timer);
   const key = state.key;
+  // No header can carry anything else, so no server can have given it out.
+  if (!/^[\x21-\x7e]*$/.test(key)) {
+    keyRefused();
+    return;
+  }
   let server;
   try {
     server = await fetchReadiness(key);
