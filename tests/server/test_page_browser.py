@@ -178,7 +178,7 @@ def browser() -> Iterator[Any]:
 
 @dataclass
 class Watched:
-    """A page and everything about it that should not have happened."""
+    """A page, and all that was seen of it from outside."""
 
     page: Any
     expected_errors: list[str] = field(default_factory=list)
@@ -214,7 +214,9 @@ def watched(browser: Any, fake: FakeServer) -> Iterator[Watched]:
     page.on("popup", lambda popup: watched.errors.append(f"popup: {popup.url}"))
     page.on("request", lambda request: watched.requests.append(request.url))
     yield watched
+    stored = page.evaluate("JSON.stringify(localStorage)")
     context.close()
+    assert KEY not in stored
     assert [url for url in watched.requests if not url.startswith(f"{fake.url}/")] == []
     assert watched.unexpected() == []
 
@@ -250,7 +252,6 @@ def expect(locator: Any) -> Any:
 def test_the_key_leaves_the_address_and_is_never_stored_for_good(page: Any) -> None:
     assert "#" not in page.url
     assert page.evaluate("sessionStorage.getItem('ernie45.key')") == KEY
-    assert KEY not in page.evaluate("JSON.stringify(localStorage)")
     page.reload()
     page.get_by_text("Ready", exact=True).wait_for()
 
@@ -415,7 +416,7 @@ def test_an_answer_that_does_not_reach_its_end_says_why(page: Any, fake: FakeSer
     expect(failure).to_have_count(0)
 
 
-def test_loading_is_shown_and_ends_by_itself(watched: Watched, fake: FakeServer) -> None:
+def test_a_server_that_is_not_ready_says_so_until_it_is(watched: Watched, fake: FakeServer) -> None:
     watched.expected_errors = ["503"]
     fake.readiness = {"status": "loading", "message": "reading weights: 40 %"}
     page = watched.page
@@ -427,7 +428,16 @@ def test_loading_is_shown_and_ends_by_itself(watched: Watched, fake: FakeServer)
     fake.readiness = None
     page.evaluate("key => location.hash = 'key=' + encodeURIComponent(key)", KEY)
     expect(page.get_by_text("Ready", exact=True)).to_be_visible()
-    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    fake.scripts["early"] = [piece(content="ok"), piece(finish="stop"), DONE]
+    page.get_by_role("button", name="Send").click()
+    expect(answer_text(page)).to_have_text("ok")
+
+    fake.readiness = {"status": "restarting", "message": "attempt 1"}
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as if the tab came back into sight
+    expect(page.get_by_text("The engine is restarting: attempt 1")).to_be_visible()
+    expect(page.get_by_role("button", name="Answer again")).to_have_count(0)
+    fake.readiness = None
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible()
 
 
 def test_settings_reach_the_request_and_bad_ones_do_not(page: Any, fake: FakeServer) -> None:

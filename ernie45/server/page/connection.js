@@ -64,7 +64,8 @@ export async function check() {
       keyRefused();
       return;
     }
-    server = { state: "unreachable", message: error.message };
+    // Of a failed connection the browser says no more than that; where to may be what is wrong.
+    server = { state: "unreachable", message: error.status ? error.message : location.host };
   }
   if (key !== state.key) return; // a newer key has its own check under way
   const ready = server.state === "ready";
