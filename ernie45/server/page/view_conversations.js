@@ -3,12 +3,13 @@
 import { open, remove, startNew } from "./chat.js";
 import { html } from "./html.js";
 import { Icon, IconButton } from "./icons.js";
+import { Panel } from "./panel.js";
 import { changed, state } from "./store.js";
 import { t } from "./strings.js";
 
 export function ConversationsPanel() {
   const { conversations, conversation } = state;
-  return html`<nav class="panel conversations" aria-label=${t("conversations")}>
+  return html`<${Panel} name="conversations" tag="nav" label=${t("conversations")}>
     <p class="brand"><img src="page/icon.svg" alt="" width="26" height="26" />ernie45</p>
     <button type="button" class="button new" onClick=${begin}><${Icon} name="plus" />${t("conversation_new")}</button>
     <ul>
@@ -17,7 +18,7 @@ export function ConversationsPanel() {
     ${conversations.length === 0
       ? html`<p class="none">${t("conversation_none")}</p>`
       : html`<button type="button" class="link clear" onClick=${confirmClear}>${t("conversation_clear")}</button>`}
-  </nav>`;
+  <//>`;
 }
 
 function Entry({ entry, current }) {

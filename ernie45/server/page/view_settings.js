@@ -4,17 +4,18 @@ import { setSystem } from "./chat.js";
 import { askForKey } from "./connection.js";
 import { html } from "./html.js";
 import { Icon, IconButton } from "./icons.js";
+import { Panel, showPanel } from "./panel.js";
 import { BUDGET, problem, rangeText, SAMPLING, STOP } from "./parameters.js";
 import { changeSettings, chosenModel, setValue } from "./settings.js";
-import { changed, state } from "./store.js";
+import { state } from "./store.js";
 import { number, t } from "./strings.js";
 
 export function SettingsPanel() {
   const model = chosenModel();
-  return html`<aside class="panel settings" aria-label=${t("settings")}>
+  return html`<${Panel} name="settings" tag="aside" label=${t("settings")}>
     <div class="panel-title">
       <h2>${t("settings")}</h2>
-      <${IconButton} icon="close" label=${t("close")} onClick=${close} />
+      <${IconButton} icon="close" label=${t("close")} onClick=${() => showPanel(null)} />
     </div>
     <label class="field">
       <span>${t("settings_system")}</span>
@@ -34,7 +35,7 @@ export function SettingsPanel() {
     <h3>${t("settings_server")}</h3>
     ${model?.maxLength && html`<p class="note">${t("settings_context", { n: number(model.maxLength) })}</p>`}
     <button type="button" class="button" onClick=${() => askForKey("change")}><${Icon} name="key" />${t("key_change")}</button>
-  </aside>`;
+  <//>`;
 }
 
 function Field({ parameter, maxLength }) {
@@ -64,9 +65,4 @@ function anySet() {
 
 function reset() {
   changeSettings({ values: {} });
-}
-
-function close() {
-  state.panel = null;
-  changed();
 }
