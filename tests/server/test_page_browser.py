@@ -1,7 +1,8 @@
 """The chat page in a real browser, headless Chromium, against a server whose answers are scripted.
 
-Every test also fails when the page asks another origin for anything, breaks its own content security policy, raises an
-error or writes one to the console that the test does not expect. Skipped, visibly, where playwright or Chromium is missing.
+Every test also fails when the page asks another origin for anything, breaks its own content security policy, stores the
+key for good, raises an error or writes one to the console that the test does not expect. Skipped, visibly, where
+playwright or Chromium is missing.
 """
 
 from __future__ import annotations
