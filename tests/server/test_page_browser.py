@@ -276,6 +276,7 @@ def test_an_answer_streams_and_stands_with_its_figures(page: Any, fake: FakeServ
     ask(page, "Hello")
     expect(answer_text(page)).to_have_text("Good")
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+    page.locator(".conversations .entry").click()  # it is open already, and goes on
     gates[0].set()
     expect(answer_text(page)).to_have_text("Good morning 你好")
     expect(page.locator(".figures.live")).to_contain_text("measured in this page")
