@@ -117,6 +117,7 @@ class FakeServer:
         return StreamingResponse(self.stream(self.scripts[question]), media_type="text/event-stream")
 
     async def stream(self, script: list[str | float | threading.Event]) -> AsyncIterator[str]:
+        left = self.left  # of the test that began this stream
         try:
             for step in script:
                 if isinstance(step, str):
@@ -126,7 +127,7 @@ class FakeServer:
                 else:
                     await _wait(step)
         except asyncio.CancelledError:
-            self.left.set()
+            left.set()
             raise
 
 
@@ -158,12 +159,19 @@ def serve(fake: FakeServer) -> Callable[[], None]:
     return stop
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    stop = serve(fake)
-    yield fake
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    stop = serve(server)
+    yield server
     stop()
+
+
+@pytest.fixture
+def fake(server: FakeServer) -> FakeServer:
+    """The one server of this file, as if new: starting one takes longer than most tests."""
+    vars(server).update(vars(FakeServer(url=server.url)))
+    return server
 
 
 # The browser ----------------------------------------------------------------------------------------------------------
