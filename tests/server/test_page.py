@@ -1,4 +1,4 @@
-"""The chat page as files over HTTP: headers, caching, what is served and what is not, and that nothing refers elsewhere.
+"""The chat page as files over HTTP: headers, caching, what is served and what is not, no reference elsewhere.
 
 What the page does in a browser is in test_page_browser.py.
 """

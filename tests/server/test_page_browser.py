@@ -1,7 +1,8 @@
 """The chat page in a real browser, headless Chromium, against a server whose answers are scripted.
 
-Every test also fails when the page asks another origin for anything, breaks its own content security policy, raises an
-error or writes one to the console that the test does not expect. Skipped, visibly, where playwright or Chromium is missing.
+Every test also fails when the page asks another origin for anything, breaks its own content security policy, stores the
+key for good, raises an error or writes one to the console that the test does not expect. Skipped, visibly, where
+playwright or Chromium is missing.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ class FakeServer:
         return StreamingResponse(self.stream(self.scripts[question]), media_type="text/event-stream")
 
     async def stream(self, script: list[str | float | threading.Event]) -> AsyncIterator[str]:
+        left = self.left  # of the test that began this stream
         try:
             for step in script:
                 if isinstance(step, str):
@@ -125,7 +127,7 @@ class FakeServer:
                 else:
                     await _wait(step)
         except asyncio.CancelledError:
-            self.left.set()
+            left.set()
             raise
 
 
@@ -157,12 +159,19 @@ def serve(fake: FakeServer) -> Callable[[], None]:
     return stop
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    stop = serve(fake)
-    yield fake
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    stop = serve(server)
+    yield server
     stop()
+
+
+@pytest.fixture
+def fake(server: FakeServer) -> FakeServer:
+    """The one server of this file, as if new: starting one takes longer than most tests."""
+    vars(server).update(vars(FakeServer(url=server.url)))
+    return server
 
 
 # The browser ----------------------------------------------------------------------------------------------------------
@@ -275,6 +284,7 @@ def test_an_answer_streams_and_stands_with_its_figures(page: Any, fake: FakeServ
     ask(page, "Hello")
     expect(answer_text(page)).to_have_text("Good")
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+    page.locator(".conversations .entry").click()  # it is open already, and goes on
     gates[0].set()
     expect(answer_text(page)).to_have_text("Good morning 你好")
     expect(page.locator(".figures.live")).to_contain_text("measured in this page")

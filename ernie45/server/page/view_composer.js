@@ -105,6 +105,7 @@ function Blocked() {
 
 function Invalid() {
   return html`<p class="hint wrong" role="alert">
-    ${t("invalid_settings")} <button type="button" class="link" onClick=${() => showPanel("settings")}>${t("invalid_open")}</button>
+    ${t("invalid_settings")}${" "}
+    <button type="button" class="link" onClick=${() => showPanel("settings")}>${t("invalid_open")}</button>
   </p>`;
 }

@@ -13,18 +13,28 @@ export function ConversationsPanel() {
     <p class="brand"><img src="page/icon.svg" alt="" width="26" height="26" />ernie45</p>
     <button type="button" class="button new" onClick=${begin}><${Icon} name="plus" />${t("conversation_new")}</button>
     <ul>
-      ${conversations.map((entry) => html`<${Entry} key=${entry.id} entry=${entry} current=${entry.id === conversation.id} />`)}
+      ${conversations.map(
+        (entry) => html`<${Entry} key=${entry.id} entry=${entry} current=${entry.id === conversation.id} />`,
+      )}
     </ul>
-    ${conversations.length === 0
-      ? html`<p class="none">${t("conversation_none")}</p>`
-      : html`<button type="button" class="link clear" onClick=${confirmClear}>${t("conversation_clear")}</button>`}
+    ${
+      conversations.length === 0
+        ? html`<p class="none">${t("conversation_none")}</p>`
+        : html`<button type="button" class="link clear" onClick=${confirmClear}>${t("conversation_clear")}</button>`
+    }
   <//>`;
 }
 
 function Entry({ entry, current }) {
   const title = entry.title || t("untitled");
   return html`<li class=${current ? "current" : ""}>
-    <button type="button" class="entry" aria-current=${current ? "true" : null} title=${title} onClick=${() => open(entry.id)}>
+    <button
+      type="button"
+      class="entry"
+      aria-current=${current ? "true" : null}
+      title=${title}
+      onClick=${() => open(entry.id)}
+    >
       ${title}
     </button>
     <${IconButton} icon="trash" label=${t("conversation_delete", { title })} onClick=${() => remove(entry.id)} />

@@ -38,7 +38,13 @@ export function Header() {
 function PanelButton({ panel, icon, label }) {
   const open = state.panel === panel;
   const toggle = () => showPanel(open ? null : panel);
-  return html`<${IconButton} icon=${icon} label=${label} class=${`icon-button for-${panel}`} aria-expanded=${open} onClick=${toggle} />`;
+  return html`<${IconButton}
+    icon=${icon}
+    label=${label}
+    class=${`icon-button for-${panel}`}
+    aria-expanded=${open}
+    onClick=${toggle}
+  />`;
 }
 
 function ModelChoice() {
@@ -64,5 +70,7 @@ function ServerState() {
     </button>`;
   }
   const kind = name === "ready" || name === "unreachable" ? name : "pending";
-  return html`<span class=${`server ${kind}`} role="status"><i class="dot"></i><span>${serverStateText()}</span></span>`;
+  return html`<span class=${`server ${kind}`} role="status">
+    <i class="dot"></i><span>${serverStateText()}</span>
+  </span>`;
 }

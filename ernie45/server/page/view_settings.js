@@ -26,15 +26,22 @@ export function SettingsPanel() {
         onInput=${(event) => setSystem(event.target.value)}
       ></textarea>
     </label>
-    ${model?.thinks && html`<h3>${t("settings_thinking")}</h3>
-      <${Field} parameter=${BUDGET} maxLength=${model.maxLength} />`}
+    ${
+      model?.thinks &&
+      html`<h3>${t("settings_thinking")}</h3>
+      <${Field} parameter=${BUDGET} maxLength=${model.maxLength} />`
+    }
     <h3>${t("settings_sampling")}</h3>
     <p class="note">${t("settings_note")}</p>
-    ${[...SAMPLING, STOP].map((parameter) => html`<${Field} key=${parameter.name} parameter=${parameter} maxLength=${model?.maxLength} />`)}
+    ${[...SAMPLING, STOP].map(
+      (parameter) => html`<${Field} key=${parameter.name} parameter=${parameter} maxLength=${model?.maxLength} />`,
+    )}
     <button type="button" class="button" disabled=${!anySet()} onClick=${reset}>${t("settings_reset")}</button>
     <h3>${t("settings_server")}</h3>
     ${model?.maxLength && html`<p class="note">${t("settings_context", { n: number(model.maxLength) })}</p>`}
-    <button type="button" class="button" onClick=${() => askForKey("change")}><${Icon} name="key" />${t("key_change")}</button>
+    <button type="button" class="button" onClick=${() => askForKey("change")}>
+      <${Icon} name="key" />${t("key_change")}
+    </button>
   <//>`;
 }
 
@@ -52,9 +59,11 @@ function Field({ parameter, maxLength }) {
   };
   return html`<div class=${`field ${parameter.lines ? "" : "short"}`}>
     <label for=${`set-${name}`}>${t(`p_${name}`)}<code>${name}</code></label>
-    ${parameter.lines
-      ? html`<textarea rows="2" ...${attributes}></textarea>`
-      : html`<input type="text" inputmode="decimal" autocomplete="off" ...${attributes} />`}
+    ${
+      parameter.lines
+        ? html`<textarea rows="2" ...${attributes}></textarea>`
+        : html`<input type="text" inputmode="decimal" autocomplete="off" ...${attributes} />`
+    }
     <small id=${`about-${name}`} class=${wrong ? "wrong" : ""}>${wrong || rangeText(parameter, maxLength)}</small>
   </div>`;
 }
