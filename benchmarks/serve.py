@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser().parse_args(arguments)
     try:
-        report, measured = run(options, shlex.join(["python", "benchmarks/serve.py", *arguments]))
+        report, measured = run(options, shlex.join(["python", "benchmarks/serve.py", *map(_name, arguments)]))
     except Ernie45Error as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -90,6 +90,7 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], list
     Raises: Ernie45Error if a wish cannot be fulfilled, or no server at all could be measured.
     """
     _check(options)
+    running = None if options.url is None else serve_servers.running_server(options.url, options.url_key)
     plan = plan_of(options)
     workloads = [name for name in WORKLOADS if name in (options.workload or WORKLOADS)]
     began = {"date": common.now(), "commit": common.commit()}  # before somebody edits or commits
@@ -101,8 +102,8 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], list
     )
     bandwidth = _bandwidth(options)
     session = _Session(plan, workloads, network, options)
-    if options.url is not None:
-        session.measure_running(serve_servers.running_server(options.url, options.url_key))
+    if running is not None:
+        session.measure_running(running)
     else:
         for name in options.server or _SERVERS:
             session.measure(name, lambda name=name: _server(name, network, sizes, options))
@@ -387,11 +388,19 @@ def _gguf(network: Network, tools: Path, options: argparse.Namespace) -> Path:
     return file
 
 
+def _name(word: str) -> str:
+    """The last part of a path: the others say nothing to a reader."""
+    return Path(word).name if word.startswith("/") else word
+
+
 def _shown(server: Server) -> str:
-    """Its command as somebody else would type it: paths of this machine say nothing."""
-    names = [Path(word).name if word.startswith("/") else word for word in server.command]
+    """Its command and what else it was told, as a reader would type it."""
     settings = [f"{k}={v}" for k, v in server.environment.items() if k.startswith(("OMP_", "VLLM_CPU"))]
-    return shlex.join([*settings, *names]).replace(serve_servers.KEY, "KEY").replace("'{port}'", "PORT")
+    return (
+        shlex.join([*settings, *map(_name, server.command)])
+        .replace(serve_servers.KEY, "KEY")
+        .replace("'{port}'", "PORT")
+    )
 
 
 def _bandwidth(options: argparse.Namespace) -> dict[str, Any]:

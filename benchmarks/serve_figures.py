@@ -135,11 +135,14 @@ def goodput(answers: Sequence[Answer], limits: Limits, window_s: float) -> float
 
 
 def disturbance(streams: Sequence[Answer], late: Answer) -> Disturbance | None:
-    """Compare the streams before `late` was sent with the time until its first token; None if one of them failed.
+    """Compare the streams before `late` was sent with the time until its first token.
 
     Quiet time begins with the first token of the last stream, when all prompts have been read.
+    Returns: None if one of them failed, or a stream was over before `late` was sent.
     """
     if late.error is not None or any(stream.error is not None for stream in streams):
+        return None
+    if min(stream.token_times_s[-1] for stream in streams) <= late.start_s:
         return None
     begin = max(stream.token_times_s[0] for stream in streams)
     end = late.token_times_s[0]

@@ -188,6 +188,7 @@ def transformers_server(python: Path, folder: Path, sizes: Sizes, facts: Mapping
     """`transformers serve` with continuous batching, in float32. Raises: NotFoundError."""
     command = [str(python), "-m", "transformers.cli.transformers", "serve", str(folder), "--host", _HOST]
     command += ["--port", "{port}", "--device", "cpu", "--dtype", "float32", "--continuous-batching"]
+    command += ["--cb-max-memory-percent", "0.4"]  # it takes its whole share at once, by default nearly all memory
     return Server(
         name="transformers",
         version=_versions(python, ("transformers", "torch", "accelerate")),
