@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from ernie45.config.presets import preset, presets
     from ernie45.engine.config import EngineConfig
     from ernie45.engine.drafts import MtpSpeculation, NgramSpeculation
-    from ernie45.engine.generation import Completion, Piece
     from ernie45.engine.params import LoopDetection, SamplingParams
+    from ernie45.engine.pieces import Completion, Piece
     from ernie45.engine.reference import generate, generate_batch
     from ernie45.llm import LLM, Answer
     from ernie45.processing.constraint import Constraint
@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LLM": "ernie45.llm",
     "Answer": "ernie45.llm",
-    "Completion": "ernie45.engine.generation",
+    "Completion": "ernie45.engine.pieces",
     "Constraint": "ernie45.processing.constraint",
     "EngineConfig": "ernie45.engine.config",
     "LoopDetection": "ernie45.engine.params",
@@ -38,7 +38,7 @@ _HOME = {
     "MoeConfig": "ernie45.config.model",
     "MtpSpeculation": "ernie45.engine.drafts",
     "NgramSpeculation": "ernie45.engine.drafts",
-    "Piece": "ernie45.engine.generation",
+    "Piece": "ernie45.engine.pieces",
     "SamplingParams": "ernie45.engine.params",
     "VisionConfig": "ernie45.config.model",
     "convert": "ernie45.store.convert",

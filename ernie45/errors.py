@@ -27,8 +27,16 @@ class RequestError(Ernie45Error):
     """A request (prompt, messages, sampling parameters) cannot be honoured as it stands."""
 
 
+class ContextLengthError(RequestError):
+    """Prompt and wanted answer together are longer than what is served."""
+
+
 class CapacityError(Ernie45Error):
     """Memory, disk or context is too small for what was asked."""
+
+
+class EngineDownError(Ernie45Error):
+    """The engine's process is not there to take or finish a request: it loads, restarts or shuts down. Try again."""
 
 
 class TransferError(Ernie45Error):

@@ -18,13 +18,14 @@ from typing import Any
 
 from ernie45.config.nearest import nearest
 from ernie45.engine.config import EngineConfig
-from ernie45.engine.engine import Engine, EngineStats
-from ernie45.engine.generation import Completion, Piece, join
+from ernie45.engine.engine import Engine
 from ernie45.engine.grammar_mask import grammar_masks
 from ernie45.engine.params import SamplingParams
+from ernie45.engine.pieces import Completion, Piece, TokenLogprob, join
 from ernie45.engine.prompts import prompt_ids
 from ernie45.engine.request import End, Output, PromptScores, Request, Usage
-from ernie45.engine.sampling import LogitsMask, TokenLogprob
+from ernie45.engine.sampling import LogitsMask
+from ernie45.engine.stats import EngineStats
 from ernie45.errors import ConfigError, RequestError
 from ernie45.models.text import CausalLM
 from ernie45.processing.constraint import Constraint

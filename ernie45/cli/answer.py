@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ernie45.cli.output import shown
-from ernie45.engine.generation import Piece
+from ernie45.engine.pieces import Piece
 from ernie45.engine.stops import StopChecker
 from ernie45.processing.answer_format import PLAIN
 from ernie45.processing.answer_parser import AnswerParser, ContentDelta, Event, ReasoningDelta

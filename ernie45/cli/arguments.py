@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ernie45.cli.serve_arguments import add_serve, add_up
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", re.IGNORECASE | re.ASCII)
 _SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12} | {
     "KI": 2**10,
@@ -246,6 +248,22 @@ VERBS: dict[str, Verb] = {
         (
             ("ernie quantize smollm2-135m --scheme wint8", "half the size, as smollm2-135m-wint8"),
             ("ernie quantize DIR --scheme wint4-all --calibrate t.txt", "4 bits, steered by a text"),
+        ),
+    ),
+    "up": Verb(
+        "Serve a model with a chat page, for a browser on this machine.",
+        add_up,
+        (
+            ("ernie up", "the default model; prints the address and a key"),
+            ("ernie up DIR --quantization wint4", "another one, packed on first use"),
+        ),
+    ),
+    "serve": Verb(
+        "Serve a model over HTTP, as OpenAI and Anthropic do.",
+        add_serve,
+        (
+            ("ernie serve smollm2-135m --api-key SECRET", "on 127.0.0.1:8000, for one key"),
+            ("ernie serve DIR --host 0.0.0.0 --api-key SECRET", "for other machines"),
         ),
     ),
     "bench": Verb(

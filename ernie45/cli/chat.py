@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import secrets
@@ -17,9 +16,10 @@ import ernie45
 from ernie45.cli.answer import Answer
 from ernie45.cli.conversation import Conversation, limited
 from ernie45.cli.output import ProgressBar, note, print_json
-from ernie45.engine.generation import Piece
+from ernie45.engine.defaults import PRESETS, model_defaults
+from ernie45.engine.pieces import Piece
 from ernie45.engine.prompts import Prompt, prompt_ids, room_for_answer
-from ernie45.errors import CheckpointError, NotFoundError, RequestError, UsageError
+from ernie45.errors import NotFoundError, RequestError, UsageError
 from ernie45.kernels.choice import kernels
 from ernie45.models.build import parse_dtype
 from ernie45.models.text import CausalLM
@@ -27,10 +27,6 @@ from ernie45.processing.tokenizer import Tokenizer
 from ernie45.store.api import load_config
 from ernie45.store.location import DEFAULT_MODEL, resolve
 
-# What generation_config.json may preset, by our names.
-_PRESETS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# The advice on the model cards of ERNIE 4.5, for models that state nothing.
-_RECOMMENDED = {"temperature": 0.8, "top_p": 0.8}
 _MODEL_LIKE = re.compile(r"[A-Za-z0-9_./-]{1,128}|[./~].{1,1024}")
 
 
@@ -95,28 +91,13 @@ def _check(options: argparse.Namespace, prompt: str | None) -> None:
 
 def _sampling(path: Path, options: argparse.Namespace) -> ernie45.SamplingParams:
     """What was asked for, over the model's own defaults. Raises: UsageError, CheckpointError."""
-    asked = {name: getattr(options, name) for name in (*_PRESETS, "max_tokens", "seed")}
+    asked = {name: getattr(options, name) for name in (*PRESETS, "max_tokens", "seed")}
     asked = {name: value for name, value in asked.items() if value is not None}
     try:
         ernie45.SamplingParams(**asked, stop=tuple(options.stop))
     except RequestError as error:
         raise UsageError(str(error)) from error
-    return ernie45.SamplingParams(**_model_defaults(path) | asked, stop=tuple(options.stop))
-
-
-def _model_defaults(path: Path) -> dict[str, Any]:
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return _RECOMMENDED
-    try:
-        stated = json.loads(file.read_text(encoding="utf-8"))
-        chosen = {name: stated[name] for name in _PRESETS if stated.get(name) is not None}
-        if stated.get("do_sample") is False:
-            chosen["temperature"] = 0.0
-        ernie45.SamplingParams(**chosen)
-    except (ValueError, AttributeError, RequestError) as error:
-        raise CheckpointError(f"{file} cannot be used: {error}; correct or remove it") from error
-    return chosen or _RECOMMENDED
+    return ernie45.SamplingParams(**model_defaults(path) | asked, stop=tuple(options.stop))
 
 
 def _messages(system: str | None, question: str) -> list[dict[str, str]]:

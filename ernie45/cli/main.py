@@ -27,6 +27,8 @@ Run ERNIE 4.5 models on this machine.
 
   ernie chat                       talk to the default model
   ernie chat MODEL "a question"    one answer, then exit
+  ernie up                         the default model with a chat page in the browser
+  ernie serve MODEL                a server as OpenAI's, for programs
   ernie pull NAME|HUB-ID|PATH      bring a model here
   ernie models                     what is here (--all: every published model)
   ernie show MODEL                 parameters, context, size, memory needed

@@ -9,6 +9,8 @@ from ernie45.engine.drafts import MtpSpeculation, NgramSpeculation
 from ernie45.errors import CapacityError, ConfigError
 
 _DEFAULT_LENGTH = 8192
+_SHARE = 0.5
+"""Of the spare memory. The rest is for activations and for whatever else runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +22,8 @@ class EngineConfig:
     max_num_seqs: int = 32
     """Sequences that run at a time; others wait."""
     kv_cache_memory: int | None = None
-    """Bytes for keys and values; None = `max_num_seqs` sequences of `max_model_len` tokens. The memory is taken as it fills."""
+    """Bytes for keys and values; None = `max_num_seqs` sequences of `max_model_len` tokens, but at most half of the memory that is
+    left beside the weights (and room for one sequence at least). The memory is taken as it fills."""
     kv_dtype: str | None = None
     """`float32`, `bfloat16` or `int8`; None = the model's `kv_dtype`, else float32."""
     page_size: int = 16
@@ -67,13 +70,20 @@ def resolve(config: EngineConfig, *, context: int, kv_dtype: str) -> EngineConfi
     return replace(config, max_model_len=length, kv_dtype=config.kv_dtype or kv_dtype)
 
 
-def num_pages(config: EngineConfig, bytes_per_token: int) -> int:
-    """Pages that the settings of `resolve` ask for. Raises: CapacityError if a single sequence would not fit."""
+def num_pages(config: EngineConfig, bytes_per_token: int, spare_bytes: int | None = None) -> int:
+    """Pages that the settings of `resolve` ask for.
+
+    Args: spare_bytes: memory that is left beside the weights; None = unknown. Raises: CapacityError if a single sequence would
+        not fit.
+    """
     assert config.max_model_len is not None, "filled in by resolve"
     per_sequence = -(-config.max_model_len // config.page_size)
-    if config.kv_cache_memory is None:
-        return per_sequence * config.max_num_seqs
     page_bytes = config.page_size * bytes_per_token
+    if config.kv_cache_memory is None:
+        wanted = per_sequence * config.max_num_seqs
+        return (
+            wanted if spare_bytes is None else min(wanted, max(per_sequence, int(spare_bytes * _SHARE) // page_bytes))
+        )
     count = config.kv_cache_memory // page_bytes
     if count < per_sequence:
         raise CapacityError(

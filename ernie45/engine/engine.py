@@ -22,13 +22,16 @@ from torch import Tensor
 
 from ernie45.engine.config import EngineConfig, num_pages, resolve
 from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
-from ernie45.engine.generation import Generation, Piece, join
-from ernie45.engine.pages import Books, PagePool
+from ernie45.engine.generation import Generation
+from ernie45.engine.memory import available_bytes
+from ernie45.engine.pages import PagePool
+from ernie45.engine.pieces import Piece, TokenLogprob, join
 from ernie45.engine.prompts import check_ids, room_for_answer
-from ernie45.engine.request import End, EndKind, Event, Output, PromptScores, Request, Usage
+from ernie45.engine.request import End, EndCause, EndKind, Event, Output, PromptScores, Request, Usage
 from ernie45.engine.runner import Runner, kv_bytes_per_token
-from ernie45.engine.sampling import TokenLogprob, token_logprob
+from ernie45.engine.sampling import token_logprob
 from ernie45.engine.scheduler import Job, Scheduler, Work
+from ernie45.engine.stats import EngineStats
 from ernie45.errors import ConfigError, Ernie45Error, RequestError
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
@@ -36,29 +39,6 @@ from ernie45.processing.tokenizer import Tokenizer
 _logger = logging.getLogger(__name__)
 
 _STEP_ERRORS = (RuntimeError, MemoryError, Ernie45Error)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineStats:
-    """Where things stand, and sums since the engine was built."""
-
-    running: int
-    waiting: int
-    pages: Books
-    page_size: int
-    steps: int
-    prompt_tokens: int
-    """Of requests taken."""
-    cached_tokens: int
-    generated_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int
-    preemptions: int
-
-    @property
-    def acceptance_rate(self) -> float | None:
-        """Share of guesses that were right; None before the first guess."""
-        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else None
 
 
 @dataclass(eq=False, kw_only=True)
@@ -112,7 +92,10 @@ class Engine:
         if guesses and not model.config.num_nextn_predict_layers:
             raise ConfigError("the model has no multi-token prediction block to guess with: use NgramSpeculation")
         layers = model.config.num_hidden_layers + guesses
-        count = num_pages(self.config, kv_bytes_per_token(model, self.config.kv_dtype, layers))
+        self.kv_bytes_per_token = kv_bytes_per_token(model, self.config.kv_dtype, layers)
+        available = available_bytes()
+        spare = None if available is None else available - model.mapped_bytes
+        count = num_pages(self.config, self.kv_bytes_per_token, spare)
         self._runner = Runner(
             model,
             num_pages=count,
@@ -255,9 +238,11 @@ class Engine:
                 self._score_prompt(choice, one, rows_TH)
                 self._advance(choice, one, rows)
             except Exception as error:  # masks are others' code
-                if not isinstance(error, RequestError):
+                expected = isinstance(error, RequestError)
+                if not expected:
                     _logger.exception("request %s failed", choice.entry.request.id)
-                self._end(choice.entry, "failed", str(error) or type(error).__name__)
+                reason = str(error) or type(error).__name__
+                self._end(choice.entry, "failed", reason, "request" if expected else "internal")
             going_on.append((one, start))
         if isinstance(self.config.speculation, MtpSpeculation):
             self._guess(hidden_TH, [(one, row) for one, row in going_on if one.job in self._choices])
@@ -279,7 +264,7 @@ class Engine:
         """End the requests of a step that broke: which sequence it was cannot be told; the rest of the queue can go on."""
         _logger.error("a step of %d sequences failed", len(work), exc_info=error)
         for entry in [self._choices[one.job].entry for one in work]:
-            self._end(entry, "failed", f"the model failed: {error}")
+            self._end(entry, "failed", f"the model failed: {error}", "internal")
 
     def _advance(self, choice: _Choice, work: Work, logits_RV: Tensor) -> None:
         """Sample behind the last known token and behind every guess that was right; publish; give pages back at the end."""
@@ -340,9 +325,9 @@ class Engine:
         """End the requests whose time is over."""
         for choice in [self._choices.pop(job) for job in self._scheduler.expire(self._clock())]:
             timeout = choice.entry.request.timeout_s
-            self._end(choice.entry, "failed", f"the request did not end within its timeout of {timeout:g} s")
+            self._end(choice.entry, "failed", f"the request did not end within its timeout of {timeout:g} s", "timeout")
 
-    def _end(self, entry: _Entry, kind: EndKind, reason: str | None = None) -> None:
+    def _end(self, entry: _Entry, kind: EndKind, reason: str | None = None, cause: EndCause | None = None) -> None:
         """The one place where requests end."""
         request_id = entry.request.id
         if self._entries.pop(request_id, None) is None:
@@ -354,7 +339,7 @@ class Engine:
             self._publish_best(entry)
         usage = self._usage(entry)
         self._cached_tokens += usage.cached_tokens
-        self._events.append(End(request_id=request_id, kind=kind, usage=usage, reason=reason))
+        self._events.append(End(request_id=request_id, kind=kind, usage=usage, reason=reason, cause=cause))
 
     def _publish_best(self, entry: _Entry) -> None:
         """Of `best_of` choices the `n` of the highest mean log-probability, best first, each in one piece."""

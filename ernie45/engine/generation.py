@@ -7,49 +7,18 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from ernie45.engine.loops import LoopDetector
 from ernie45.engine.params import SamplingParams
-from ernie45.engine.sampling import LogitsMask, TokenLogprob, sample, token_logprob
+from ernie45.engine.pieces import FinishDetail, FinishReason, Piece, TokenLogprob
+from ernie45.engine.sampling import LogitsMask, sample, token_logprob
 from ernie45.engine.stops import StopChecker
 from ernie45.engine.thinking import Thought, ThoughtMarkers
 from ernie45.errors import RequestError
 from ernie45.processing.detokenizer import Detokenizer
 from ernie45.processing.tokenizer import Tokenizer
-
-FinishReason = Literal["stop", "length"]
-FinishDetail = Literal["loop"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """What one step adds to an output; the last piece carries the finish reason."""
-
-    text: str
-    ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprob, ...] = ()
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    """The stop string or end token that was met."""
-    finish_detail: FinishDetail | None = None
-    """`loop`: broken off because the output repeats itself."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A whole output."""
-
-    text: str
-    ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    logprobs: tuple[TokenLogprob, ...] = ()
-    stop_reason: str | int | None = None
-    finish_detail: FinishDetail | None = None
 
 
 class Generation:
@@ -79,8 +48,9 @@ class Generation:
         self._seed = secrets.randbits(62) + choice if params.seed is None else params.seed + choice
         self._vocab_size = tokenizer.vocab_size
         self._mask = mask
-        self._detokenizer = Detokenizer(tokenizer)
-        self._stops = StopChecker(params.stop)
+        kept = tokenizer.answer_tag_ids if params.special_tokens == "answer_tags" else frozenset()
+        self._detokenizer = Detokenizer(tokenizer, params.special_tokens != "keep", keep=kept)
+        self._stops = StopChecker(params.stop, included=params.include_stop_str_in_output)
         ends = frozenset() if params.ignore_eos else tokenizer.stop_ids
         self._end_ids = ends | set(params.stop_token_ids)
         self._bad_words = _bad_words(tokenizer, params.bad_words)
@@ -105,6 +75,7 @@ class Generation:
         if forced is not None and (allowed_V is None or allowed_V[forced]):
             return forced
         banned = {words[-1] for words in self._bad_words if self._ends_with(words[:-1])}
+        banned.update(self.params.bad_words_token_ids)
         if len(self.output) < self.params.min_tokens:
             banned |= self._end_ids
         return sample(
@@ -134,9 +105,14 @@ class Generation:
             return self._finish(text, token, logprobs, "stop")
         if looping:
             return self._finish(text, token, logprobs, "stop", detail="loop")
-        if len(self.output) >= self.max_tokens:
+        if len(self.output) >= self.max_tokens or self._answered_enough:
             return self._finish(text, token, logprobs, "length")
         return Piece(text=text, ids=(token,), logprobs=logprobs)
+
+    @property
+    def _answered_enough(self) -> bool:
+        limit = self.params.response_max_tokens
+        return limit is not None and self.thought.num_answer_tokens >= limit
 
     def _finish(
         self,
@@ -164,23 +140,12 @@ class Generation:
         )
 
 
-def join(pieces: Sequence[Piece], num_prompt: int) -> Completion:
-    """The whole output that pieces make, the last of which ends it."""
-    last = pieces[-1]
-    assert last.finish_reason is not None, "a finished output ends with its reason"
-    return Completion(
-        text="".join(piece.text for piece in pieces),
-        ids=tuple(i for piece in pieces for i in piece.ids),
-        finish_reason=last.finish_reason,
-        prompt_tokens=num_prompt,
-        logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
-        stop_reason=last.stop_reason,
-        finish_detail=last.finish_detail,
-    )
-
-
 def _check_ids(params: SamplingParams, vocab_size: int) -> None:
-    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+    for name, ids in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+        ("bad_words_token_ids", params.bad_words_token_ids),
+    ):
         unknown = [i for i in ids if i >= vocab_size]
         if unknown:
             raise RequestError(f"{name} holds id {unknown[0]}, the tokenizer knows 0 to {vocab_size - 1}")

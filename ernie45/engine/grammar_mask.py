@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ernie45.engine.sampling import LogitsMask
+from ernie45.errors import RequestError
 from ernie45.processing.constraint import Constraint
 from ernie45.processing.grammar import Grammars, Matcher
 from ernie45.processing.tokenizer import Tokenizer
@@ -52,11 +53,36 @@ class GrammarMask:
 
 
 def grammar_masks(
-    grammars: Grammars, tokenizer: Tokenizer, constraint: Constraint, prompt: Sequence[int]
+    grammars: Grammars,
+    tokenizer: Tokenizer,
+    constraint: Constraint,
+    prompt: Sequence[int],
+    *,
+    begun: str | None = None,
 ) -> Callable[[], LogitsMask]:
     """What `Request.new_mask` wants: a mask for each choice, which begins where the prompt leaves the model.
 
     Making one raises RequestError for a constraint that cannot be compiled.
+
+    Args: begun: the text that the prompt ends with, if the answer continues it; it is then part of what is constrained.
     """
-    start = tokenizer.answer_start(prompt)
-    return lambda: GrammarMask(grammars.matcher(constraint, start))
+    if begun is None:
+        start = tokenizer.answer_start(prompt)
+        return lambda: GrammarMask(grammars.matcher(constraint, start))
+    if constraint.kind == "tool_calls":
+        raise RequestError(
+            "tool_choice forces a call, which cannot go on with a text: leave continue_final_message out"
+        )
+    ids = tokenizer.encode(begun)
+
+    def new_mask() -> LogitsMask:
+        matcher = grammars.matcher(constraint, "text")
+        if not all(map(matcher.accept, ids)):
+            raise RequestError(f"{constraint.where} does not allow the text that continue_final_message goes on with")
+        if matcher.finished:
+            raise RequestError(
+                f"{constraint.where} leaves nothing to add to the text: leave continue_final_message out"
+            )
+        return GrammarMask(matcher)
+
+    return new_mask

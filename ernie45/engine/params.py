@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from ernie45.errors import RequestError
 
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+SpecialTokens = Literal["skip", "answer_tags", "keep"]
 _MAX_SEED = 2**63 - 1
 _MAX_STRINGS = 64
 _MAX_BIASED = 1024
+_MAX_LISTED = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,8 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     """Texts that the output may not hold as the tokenizer writes them, at the beginning of a text or behind a space: the last
     token of such a sequence is banned while its others stand at the end of the output."""
+    bad_words_token_ids: tuple[int, ...] = ()
+    """Ids that are never chosen."""
     seed: int | None = None
     """None draws a seed; equal seeds give equal output. Choice i of `n` uses the seed plus i."""
     n: int = 1
@@ -66,8 +71,12 @@ class SamplingParams:
     """Choices to generate; the `n` with the highest mean log-probability are returned, best first. None = `n`."""
     stop: tuple[str, ...] = ()
     """Strings that end the output; they are not part of it."""
+    include_stop_str_in_output: bool = False
+    """Make the stop string that ended the output part of it."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end the output, beside the tokenizer's own."""
+    special_tokens: SpecialTokens = "skip"
+    """Special tokens in the text: left out, all but the tags of thoughts and tool calls left out, or all written."""
     ignore_eos: bool = False
     """Go on past the tokenizer's end tokens (not past `stop_token_ids`)."""
     logprobs: int | None = None
@@ -76,6 +85,8 @@ class SamplingParams:
     """The same for every prompt token but the first."""
     reasoning_max_tokens: int | None = None
     """Most tokens of a thought; then the end-of-thinking token is forced. The model goes on with its answer."""
+    response_max_tokens: int | None = None
+    """Most tokens of the answer proper, the thought not counted; then the output ends (finish reason `length`)."""
     loop_detection: LoopDetection | None = None
     """End an output that repeats itself (finish reason `stop`, detail `loop`); None = off."""
 
@@ -83,8 +94,13 @@ class SamplingParams:
         for name in ("stop", "bad_words"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop_token_ids", "bad_words_token_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        if self.special_tokens not in get_args(SpecialTokens):
+            raise RequestError(
+                f"special_tokens is {self.special_tokens!r}, expected one of {', '.join(get_args(SpecialTokens))}"
+            )
         self._check_ranges()
         self._check_choices()
         self._check_lists()
@@ -113,6 +129,7 @@ class SamplingParams:
             ("logprobs", 0, MAX_LOGPROBS),
             ("prompt_logprobs", 0, MAX_LOGPROBS),
             ("reasoning_max_tokens", 0, 2**31),
+            ("response_max_tokens", 1, 2**31),
         ):
             if getattr(self, name) is not None:
                 self._check(name, low, high)
@@ -135,8 +152,12 @@ class SamplingParams:
                 raise RequestError(
                     f"{name} holds {len(strings)} entries; expected at most {_MAX_STRINGS} strings, none empty"
                 )
-        for token in self.stop_token_ids:
-            check_range("an id in stop_token_ids", token, 0, 2**31)
+        for name in ("stop_token_ids", "bad_words_token_ids"):
+            ids = getattr(self, name)
+            if len(ids) > _MAX_LISTED:
+                raise RequestError(f"{name} holds {len(ids)} ids, expected at most {_MAX_LISTED}")
+            for token in ids:
+                check_range(f"an id in {name}", token, 0, 2**31)
         if len(self.logit_bias) > _MAX_BIASED:
             raise RequestError(f"logit_bias holds {len(self.logit_bias)} ids, expected at most {_MAX_BIASED}")
         for token, bias in self.logit_bias.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ernie45.errors import RequestError
+from ernie45.errors import ContextLengthError, RequestError
 from ernie45.processing.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -35,15 +35,15 @@ def prompt_ids(
 
 
 def room_for_answer(num_prompt: int, max_tokens: int | None, limit: int) -> int:
-    """Tokens that a context of `limit` leaves behind a prompt. Raises: RequestError if the request does not fit."""
+    """Tokens that a context of `limit` leaves behind a prompt. Raises: ContextLengthError if the request does not fit."""
     room = limit - num_prompt
     if room < 1:
-        raise RequestError(
+        raise ContextLengthError(
             f"prompt has {num_prompt} tokens, the model's context holds {limit}: shorten the prompt to {limit - 1} tokens "
             "or fewer, so that an answer has room"
         )
     if max_tokens is not None and max_tokens > room:
-        raise RequestError(
+        raise ContextLengthError(
             f"prompt has {num_prompt} tokens and max_tokens is {max_tokens}, the model's context holds {limit}: "
             f"shorten the prompt, or lower max_tokens to {room}"
         )

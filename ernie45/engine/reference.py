@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ernie45.engine.generation import Completion, Generation, Piece, join
+from ernie45.engine.generation import Generation
 from ernie45.engine.params import SamplingParams
+from ernie45.engine.pieces import Completion, Piece, join
 from ernie45.engine.prompts import Prompt, check_ids, prompt_ids, room_for_answer
 from ernie45.errors import RequestError
 from ernie45.layers.cache import AttentionView, KVCache

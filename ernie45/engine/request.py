@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from ernie45.engine.generation import Piece
 from ernie45.engine.params import SamplingParams, check_range
-from ernie45.engine.sampling import LogitsMask, TokenLogprob
+from ernie45.engine.pieces import Piece, TokenLogprob
 from ernie45.errors import RequestError
+
+if TYPE_CHECKING:  # a mask is tensors, everything else here is free of torch
+    from ernie45.engine.sampling import LogitsMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Output:
 
 
 EndKind = Literal["finished", "aborted", "failed"]
+EndCause = Literal["request", "timeout", "internal"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,8 @@ class End:
     """finished: all choices have their finish reason. aborted: somebody called `abort`. failed: `reason` says why."""
     usage: Usage
     reason: str | None = None
+    cause: EndCause | None = None
+    """Of a failure: request = it asked for what turned out to be impossible; timeout; internal = everything else."""
 
 
 Event = PromptScores | Output | End

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ernie45.engine.params import SamplingParams
+from ernie45.engine.pieces import TokenLogprob
 from ernie45.errors import RequestError
 
 Ids = NDArray[np.intp]
@@ -46,16 +46,6 @@ class LogitsMask(Protocol):
     def finished(self, output: Sequence[int]) -> bool:
         """Whether the output is whole, so that it ends here without an end token. The answer depends on `output` alone."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenLogprob:
-    """Log-probability of one token, before masks, penalties, temperature and filters."""
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    """The most probable alternatives as (id, log-probability), best first."""
 
 
 def penalise(logits_V: Tensor, params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> Tensor:

@@ -10,8 +10,10 @@ class StopChecker:
     the outcome does not depend on how the text was cut into pieces.
     """
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
+    def __init__(self, stop: tuple[str, ...], *, included: bool = False) -> None:
+        """Args: included: whether the string that is met may be shown."""
         self._stop = stop
+        self._included = included
         self._held = ""
 
     def push(self, text: str, *, armed: bool) -> tuple[str, str | None]:
@@ -27,9 +29,9 @@ class StopChecker:
             return text, None
         found = [(text.index(stop) + len(stop), text.index(stop), stop) for stop in self._stop if stop in text]
         if found:
-            _, position, stop = min(found)
+            end, begin, stop = min(found)
             self._held = ""
-            return text[:position], stop
+            return text[: end if self._included else begin], stop
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], None

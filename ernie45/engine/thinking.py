@@ -39,6 +39,8 @@ class Thought:
         self._length = 0
         self.num_tokens = 0
         """Output tokens that belong to thoughts, markers not counted."""
+        self.num_answer_tokens = 0
+        """Output tokens that do not, markers not counted."""
 
     @property
     def forced(self) -> int | None:
@@ -55,3 +57,5 @@ class Thought:
         elif self._open:
             self._length += 1
             self.num_tokens += 1
+        else:
+            self.num_answer_tokens += 1

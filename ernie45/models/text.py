@@ -170,6 +170,8 @@ class LmHead(nn.Module):
 class CausalLM(nn.Module):
     """A language model: the decoder and its head. The head is a call of its own, so logits exist only where needed."""
 
+    mapped_bytes: int = 0
+    """Of weights that lie in a mapped file: they take their memory when they are read, not when the model is loaded."""
     kv_dtype: torch.dtype | None = None
     """Dtype of new caches, float32 or bfloat16 whatever the activations are; None = that of the activations."""
     load_account: Any = None

@@ -7,8 +7,9 @@ reference architecture 5.2 to 5.6, inference 5.2; the Hermes tags are those of Q
 from dataclasses import dataclass
 from typing import Literal
 
-Start = Literal["open", "thought", "answer"]
-"""What the prompt leaves to the model: it may open a thought, is inside one, or has to answer."""
+Start = Literal["open", "thought", "answer", "text"]
+"""What the prompt leaves to the model: it may open a thought, is inside one, has to answer, or goes on with a text that the
+caller began (`continue_final_message`)."""
 Tags = tuple[str, str]
 
 _THINK: Tags = ("<think>", "</think>")
@@ -34,7 +35,7 @@ class AnswerFormat:
         return tuple(tag for pair in (self.thought, self.response, self.tool_call) if pair for tag in pair)
 
     def start(self, prompt: str) -> Start:
-        """Tell from the end of a rendered prompt where the answer starts."""
+        """Tell from the end of a rendered prompt where the answer starts; who had a text continued knows that it is "text"."""
         if self.thought is None:
             return "answer"
         opening, closing = self.thought
@@ -52,10 +53,13 @@ ANSWER_FORMATS: dict[str, AnswerFormat] = {
 """Answers by chat format."""
 
 
-def told_answer_format(chat_format: str, template: str) -> AnswerFormat:
-    """Return the answer format of a chat format; for one that is not ERNIE's, what its template writes decides."""
+def told_answer_format(chat_format: str, template: str, *, lends_tools: bool = False) -> AnswerFormat:
+    """Return the answer format of a chat format; for one that is not ERNIE's, what its template writes decides.
+
+    Args: lends_tools: tools are expressed in the texts of messages (`tool_text.py`), which say how to call.
+    """
     if chat_format in ANSWER_FORMATS:
         return ANSWER_FORMATS[chat_format]
     thought = _THINK if _THINK[1] in template else None
-    tool_call = _TOOL_CALL if _TOOL_CALL[0] in template else None
+    tool_call = _TOOL_CALL if lends_tools or _TOOL_CALL[0] in template else None
     return AnswerFormat(name="hermes", thought=thought, tool_call=tool_call) if thought or tool_call else PLAIN

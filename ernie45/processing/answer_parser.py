@@ -80,9 +80,9 @@ class AnswerParser:
     ) -> None:
         """Begin an answer.
 
-        Args: start: where the prompt leaves the model (`AnswerFormat.start`). An assistant turn that the caller began
-            is pushed first, its events thrown away. tools: whether calls are looked for; without, their tags are text.
-            new_id: makes the ids of calls, in order.
+        Args: start: where the prompt leaves the model (`AnswerFormat.start`), "text" behind a text that the caller
+            began. Of a turn that began in another way, what stands there is pushed first, its events thrown away.
+            tools: whether calls are looked for; without, their tags are text. new_id: makes the ids of calls, in order.
         """
         self._format = answer_format
         self._call_tags = answer_format.tool_call if tools else None
@@ -118,6 +118,9 @@ class AnswerParser:
         return self._run()
 
     def _first_step(self, start: Start) -> Callable[[], bool]:
+        if start == "text":
+            self._in_response, self._has_content = self._format.response is not None, True
+            return self._content
         if self._format.thought is None and self._format.response is None:
             return self._content
         if self._format.thought is None or start == "answer":

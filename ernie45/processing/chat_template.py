@@ -9,8 +9,8 @@ import jinja2
 from jinja2 import meta
 
 from ernie45.errors import CheckpointError, RequestError
-from ernie45.processing.formats import BEGIN, END_OF_SENTENCE, FORMATS, IM_END, IM_START
-from ernie45.processing.messages import Message
+from ernie45.processing.formats import BEGIN, END_OF_SENTENCE, FORMATS, IM_END, IM_START, Thinking
+from ernie45.processing.messages import Message, Part
 from ernie45.processing.sandbox import (
     MAX_SOURCE_CHARS,
     Guard,
@@ -19,6 +19,7 @@ from ernie45.processing.sandbox import (
     TemplateRefusedError,
     render_guarded,
 )
+from ernie45.processing.tool_text import instructions, mentions_tools, without_tools
 
 # What a template that is broken or asks for the impossible can raise, apart from Jinja's own errors.
 _FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
@@ -67,7 +68,10 @@ class ChatTemplate:
         self._compiled = {
             name: _compile(environment, text, f"{origin} (template {name!r})") for name, text in sources.items()
         }
-        self.format_name = _told_format(" ".join(sources.values()))
+        whole = " ".join(sources.values())
+        self.format_name = _told_format(whole)
+        self.lends_tools = self.format_name == CHATML and "tool" not in whole
+        """Whether tools go into the texts of messages (`tool_text.py`), since the template knows nothing of them."""
 
     @property
     def stop(self) -> str | None:
@@ -90,6 +94,16 @@ class ChatTemplate:
         """Whether the template handles the thoughts of earlier turns."""
         return "reasoning_content" in self.written_text or "</think>" in self.written_text
 
+    @property
+    def thinking(self) -> Thinking:
+        """Whether the model thinks; what writes the end of thoughts and has no switch is for models that always do."""
+        return self._thinking(self._choose(False))
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether tools can be expressed, by the template itself or in the texts of messages."""
+        return self.lends_tools or "tools" in self._choose(True).names
+
     def render(
         self,
         messages: Sequence[Message],
@@ -101,6 +115,25 @@ class ChatTemplate:
 
         Raises: RequestError if the template refuses or cannot express the conversation, or exceeds a limit.
         """
+        if self.lends_tools and mentions_tools(messages, tools):
+            told = without_tools(messages, tools, self._default_system() if tools else "")
+            text = self._write(told, (), thinking, add_generation_prompt)
+            if tools and instructions(tools) not in text:
+                raise RequestError(
+                    f"the chat template in {self._origin} leaves system text out, where tools would stand: leave tools out"
+                )
+        else:
+            text = self._write(messages, tools, thinking, add_generation_prompt)
+        _check_system_kept(messages, text)
+        return text
+
+    def _write(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]],
+        thinking: bool | None,
+        add_generation_prompt: bool,
+    ) -> str:
         chosen = self._choose(bool(tools))
         self._check_expressible(chosen, messages, tools, thinking)
         variables: dict[str, Any] = {
@@ -112,7 +145,7 @@ class ChatTemplate:
         if thinking is not None:
             variables["enable_thinking"] = thinking
         try:
-            text = render_guarded(chosen.template, variables, Guard())
+            return render_guarded(chosen.template, variables, Guard())
         except TemplateRefusedError as error:
             raise RequestError(f"the checkpoint's chat template refuses this conversation: {error}") from error
         except TemplateLimitError as error:
@@ -125,8 +158,30 @@ class ChatTemplate:
                 f"the chat template in {self._origin} cannot render this conversation:"
                 f" {type(error).__name__}: {error}; a built-in chat_format ({', '.join(FORMATS)}) may do"
             ) from error
-        _check_system_kept(messages, text)
-        return text
+
+    def _default_system(self) -> str:
+        """What the template says where a conversation has no system text; empty if nothing, or if that cannot be told.
+
+        Asked anew each time: some templates write the date.
+        """
+        system, user = (
+            Message(idx=idx, role=role, parts=(Part(kind="text", text=f"the text of {role}"),))
+            for idx, role in enumerate(("system", "user"))
+        )
+        try:
+            given, missing = (self._write(asked, (), None, False) for asked in ((system, user), (user,)))
+        except RequestError:
+            return ""
+        before, found, behind = given.partition(system.text)
+        if not found or not (missing.startswith(before) and missing.endswith(behind)):
+            return ""
+        default = missing[len(before) : len(missing) - len(behind)]
+        return "" if IM_START in default else default
+
+    def _thinking(self, chosen: _Compiled) -> Thinking:
+        if "enable_thinking" in chosen.names:
+            return "optional"
+        return "always" if self.format_name == "ernie_thinking" or "</think>" in chosen.source else "never"
 
     def _choose(self, has_tools: bool) -> _Compiled:
         order = ("tool_use", "default") if has_tools else ("default", "tool_use")
@@ -138,10 +193,8 @@ class ChatTemplate:
         what = f"the chat template in {self._origin}"
         if tools and "tools" not in chosen.names:
             raise RequestError(f"{what} has no tools: leave tools out")
-        always_thinks = self.format_name == "ernie_thinking"
-        if thinking is not None and thinking != always_thinks and "enable_thinking" not in chosen.names:
-            state = "always thinks" if always_thinks else "has no thinking"
-            raise RequestError(f"{what} {state}: leave thinking out")
+        if (thinking, self._thinking(chosen)) in ((True, "never"), (False, "always")):
+            raise RequestError(f"{what} {'has no thinking' if thinking else 'always thinks'}: leave thinking out")
         for message in messages:
             where = f"messages[{message.idx}]"
             if message.tool_calls and "tool_calls" not in chosen.source:

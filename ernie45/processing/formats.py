@@ -9,16 +9,20 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ernie45.errors import RequestError
-from ernie45.processing.messages import Message, Part, ToolCall
+from ernie45.processing.messages import Message, Part
 from ernie45.processing.prompt import IMAGE_MARKER, VIDEO_MARKER
+from ernie45.processing.tool_text import call_json
 
 BEGIN = "<|begin_of_sentence|>"
 END_OF_SENTENCE = "<|end_of_sentence|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
+
+Thinking = Literal["never", "optional", "always"]
+"""Whether a model thinks before it answers; "optional" means that the request decides."""
 
 # 5.5; used when the conversation brings no system text.
 VL_THINKING_SYSTEM = (
@@ -40,8 +44,13 @@ class ChatFormat(Protocol):
         ...
 
     @property
-    def has_thinking(self) -> bool:
-        """Whether assistant turns can hold a thought."""
+    def thinking(self) -> Thinking:
+        """Whether assistant turns hold a thought."""
+        ...
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether tools, calls and results can be written."""
         ...
 
     def render(
@@ -77,9 +86,9 @@ class SpeakerFormat:
     has_media: bool = False
 
     @property
-    def has_thinking(self) -> bool:
+    def thinking(self) -> Thinking:
         """See `ChatFormat`."""
-        return self.thought is not None
+        return "never" if self.thought is None else "optional"
 
     def render(
         self,
@@ -132,7 +141,7 @@ class SpeakerFormat:
         if message.tool_calls:
             if not self.has_tools:
                 raise RequestError(f"messages[{message.idx}]: the chat format {self.name} has no tool calls")
-            calls = (f"<tool_call>\n{_call_json(call)}\n</tool_call>" for call in message.tool_calls)
+            calls = (f"<tool_call>\n{call_json(call)}\n</tool_call>" for call in message.tool_calls)
             out.append("\n".join(calls) + "\n")
         return "".join([*out, self.stop])
 
@@ -152,7 +161,8 @@ class BlockFormat:
     # whether a tool result is a user block (PaddleFormers) or a block of its own role (LLaMA-Factory: "tool").
     after_thought: str = "\n</think>\n\n"
     tool_result_role: str = "user"
-    has_thinking: bool = True
+    thinking: Thinking = "always"
+    has_tools: bool = True
 
     def render(
         self,
@@ -198,7 +208,7 @@ class BlockFormat:
             out += ["<think>\n", message.reasoning.strip("\n"), self.after_thought]
         if message.text:
             out.append(f"<response>\n{message.text}\n</response>\n")
-        out += [f"\n<tool_call>\n{_call_json(call)}\n</tool_call>\n" for call in message.tool_calls]
+        out += [f"\n<tool_call>\n{call_json(call)}\n</tool_call>\n" for call in message.tool_calls]
         return "".join(out)
 
 
@@ -265,7 +275,3 @@ def _media_text(part: Part, counts: Counter[str]) -> str:
 
 def _tool_list(tools: Iterable[dict[str, Any]]) -> str:
     return f"[{', '.join(json.dumps(tool, ensure_ascii=False) for tool in tools)}]"
-
-
-def _call_json(call: ToolCall) -> str:
-    return json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)

@@ -200,7 +200,7 @@ def grammar_source(constraint: Constraint, start: Start, answer_format: AnswerFo
     else:
         body, side = _body(constraint)
         rules.append(f"body: {body}")
-        answer = _response(answer_format, names)
+        answer = _response(start, answer_format, names)
     thought = _thought(start, answer_format, names)
     rules += thought.rules
     lark = "\n".join([_OPTIONS, f"start: {thought.lead} {answer}", *rules])
@@ -231,7 +231,7 @@ class _Thought:
 
 
 def _thought(start: Start, answer_format: AnswerFormat, names: _TagNames) -> _Thought:
-    if start == "answer" or answer_format.thought is None:
+    if start in ("answer", "text") or answer_format.thought is None:
         return _Thought("", [])
     opening, closing = answer_format.thought
     if names.is_special(closing):
@@ -243,13 +243,17 @@ def _thought(start: Start, answer_format: AnswerFormat, names: _TagNames) -> _Th
     return _Thought("thought NL?" if start == "thought" else f"({names(opening)} thought NL?)?", rules)
 
 
-def _response(answer_format: AnswerFormat, names: _TagNames) -> str:
+def _response(start: Start, answer_format: AnswerFormat, names: _TagNames) -> str:
     if answer_format.response is None:
         return "body"
-    opening, closing = answer_format.response
-    wrapped = f"{names(opening)} NL? body NL? {names(closing)} NL?"
+    opening, closing = map(names, answer_format.response)
+    # One newline in front of the closing tag is the tag's, more would be the body's (`answer_parser.py`).
+    end = f'body "\\n"? {closing} NL?'
+    if start == "text":  # the prompt holds the opening tag
+        return end
+    wrapped = f"{opening} NL? {end}"
     # Tags spelled as text could be part of the body, too: then they are not optional.
-    return f"(body | {wrapped})" if names.is_special(opening) else wrapped
+    return f"(body | {wrapped})" if names.is_special(answer_format.response[0]) else wrapped
 
 
 def _body(constraint: Constraint) -> tuple[str, list[dict[str, str]]]:

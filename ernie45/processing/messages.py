@@ -78,6 +78,20 @@ class Message:
         thought, answer = found.groups()
         return replace(self, reasoning=thought.strip("\n"), parts=(Part(kind="text", text=answer),))
 
+    def marked(self, mark: str) -> "Message":
+        """Return the message with `mark` behind its text.
+
+        Raises: RequestError if it is no turn that a model could go on writing: an assistant's, ending in text.
+        """
+        where = f"continue_final_message: messages[{self.idx}]"
+        if self.role != "assistant":
+            raise RequestError(f"{where} is the last one and has the role {self.role}: end with an assistant message")
+        if self.tool_calls:
+            raise RequestError(f"{where} has tool calls, which are whole: leave them or continue_final_message out")
+        if not self.parts or not self.parts[-1].text:
+            raise RequestError(f"{where} ends without text: leave it out, and a new turn is begun")
+        return replace(self, parts=(*self.parts[:-1], replace(self.parts[-1], text=self.parts[-1].text + mark)))
+
     def shielded(self, shield: Shield) -> "Message":
         """Return the message with every string protected."""
         calls = (

@@ -81,6 +81,8 @@ class Shield:
         free = (chr(code) for code in chain(*(range(*ends) for ends in STAND_INS)) if chr(code) not in used)
         self._stand_in = {ord(edge): next(free) for edge in edges}
         self._original = {ord(stand_in): chr(edge) for edge, stand_in in self._stand_in.items()}
+        self.mark = next(free)
+        """One more such character: put into a text, it is found again behind rendering."""
 
     def text(self, text: str) -> str:
         """Protect one string."""

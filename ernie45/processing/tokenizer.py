@@ -33,7 +33,7 @@ from ernie45.processing.files import (
     read_declarations,
     read_files,
 )
-from ernie45.processing.formats import FORMATS
+from ernie45.processing.formats import FORMATS, ChatFormat, Thinking
 from ernie45.processing.gguf_vocab import bpe_metadata, sentencepiece_metadata
 from ernie45.processing.messages import check_messages, check_tools
 from ernie45.processing.prompt import MEDIA_MARKERS, RenderedPrompt, Segment, Shield, SpecialStrings
@@ -111,7 +111,20 @@ class Tokenizer:
     @cached_property
     def answer_format(self) -> AnswerFormat:
         """The markup of answers, for `AnswerParser`."""
-        return told_answer_format(self.chat_format, self._template.written_text if self._template else "")
+        if self._template is None:
+            return told_answer_format(self.chat_format, "")
+        return told_answer_format(self.chat_format, self._template.written_text, lends_tools=self._template.lends_tools)
+
+    @property
+    def thinking(self) -> Thinking:
+        """Whether the model thinks before it answers; "optional" means that `render` decides."""
+        return self._chat.thinking
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """What a conversation may ask for: "tools", "thinking"."""
+        has = {"tools": self._chat.has_tools, "thinking": self.thinking != "never"}
+        return frozenset(name for name, given in has.items() if given)
 
     def answer_start(self, prompt: Sequence[int]) -> Start:
         """Tell from the end of a prompt's ids where the answer starts."""
@@ -184,27 +197,32 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
     ) -> RenderedPrompt:
         """Write a conversation as the model was trained to read it.
 
         Args: messages: OpenAI's form, see `messages.py`. tools: function definitions. thinking: whether the model shall
-            think first; None leaves it to the format. add_generation_prompt: open an assistant turn at the end.
+            think first; None leaves it to the format. add_generation_prompt: open an assistant turn at the end; None does
+            unless the final message is continued. continue_final_message: end right behind the text of the last
+            message, an assistant's, for the model to go on with it (`AnswerFormat`'s start is "text" then).
         Raises: RequestError, with the index of the message, for what is malformed or what the format cannot express.
         """
-        chat = self._template or FORMATS[self.chat_format]
+        if continue_final_message and add_generation_prompt:
+            raise RequestError("continue_final_message and add_generation_prompt exclude each other: send one")
         checked, functions = check_messages(messages), check_tools(tools)
-        takes_thoughts = (
-            self._template.takes_thoughts_apart if self._template else FORMATS[self.chat_format].has_thinking
-        )
+        takes_thoughts = self._template.takes_thoughts_apart if self._template else self.thinking != "never"
         if takes_thoughts:
             checked = [message.with_thought_apart() for message in checked]
         # A built-in format writes nothing but special strings and ASCII, which stand-ins never are.
         written = self._template.written_text if self._template else ""
         shield = Shield(self._special_strings, [[message.caller_values for message in checked], functions], written)
         shielded = [message.shielded(shield) for message in checked]
-        text = chat.render(shielded, shield.value(functions), thinking, add_generation_prompt)
-        return shield.reveal(text)
+        if continue_final_message:
+            shielded[-1] = shielded[-1].marked(shield.mark)
+        opens = add_generation_prompt is not False and not continue_final_message
+        text = self._chat.render(shielded, shield.value(functions), thinking, opens)
+        return shield.reveal(_cut(text, shield.mark) if continue_final_message else text)
 
     def save(self, folder: str | Path) -> None:
         """Write the files from which `load_tokenizer` makes an equal tokenizer; creates the folder.
@@ -232,6 +250,10 @@ class Tokenizer:
             metadata["tokenizer.chat_template"] = self.chat_template
         return metadata
 
+    @property
+    def _chat(self) -> ChatTemplate | ChatFormat:
+        return self._template or FORMATS[self.chat_format]
+
     def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         if not text:
             return []
@@ -245,7 +267,7 @@ class Tokenizer:
         return self._backend.encode(text, at_start=at_start)
 
     def _find_stop_ids(self, declared: Declarations) -> frozenset[int]:
-        stop = self._template.stop if self._template else FORMATS[self.chat_format].stop
+        stop = self._chat.stop
         found = {self.eos_id, self.special_tokens.get(stop) if stop else None}
         return declared.eos_ids | {token_id for token_id in found if token_id is not None}
 
@@ -280,6 +302,16 @@ class Tokenizer:
             elif self._generation is not None:
                 files[GENERATION] = self._generation
         return files
+
+
+def _cut(text: str, mark: str) -> str:
+    """Return what stands in front of the mark."""
+    if text.count(mark) != 1:
+        raise RequestError(
+            f"continue_final_message: the chat template writes the last message {text.count(mark)} times, so where to go on"
+            " cannot be told: leave it out"
+        )
+    return text.partition(mark)[0]
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -40,4 +40,5 @@ def load_packed(
     model.load_account = source.account
     use_kernel_leaves(model)
     model.kv_dtype = torch.bfloat16
+    model.mapped_bytes = source.index.total_bytes
     return model.requires_grad_(False).eval()

@@ -22,7 +22,7 @@ from ernie45.models.text import CausalLM
 from ernie45.processing import tokenizer as tokenizers
 from ernie45.processing.gguf_vocab import tokenizer_files_from_gguf
 from ernie45.processing.tokenizer import Tokenizer
-from ernie45.store.location import resolve
+from ernie45.store.location import resolve, weights_path
 
 
 def load_model(
@@ -46,7 +46,7 @@ def load_config(folder: str | Path) -> ModelConfig:
 
     Raises: NotFoundError, ConfigError, CheckpointError.
     """
-    path = _weights_path(resolve(folder))
+    path = weights_path(resolve(folder))
     return config_from_gguf(read_gguf(path))[0] if path.suffix == ".gguf" else read_config(path)
 
 
@@ -56,7 +56,7 @@ def load_tokenizer(folder: str | Path, *, chat_format: str | None = None) -> Tok
     Args: chat_format: one of the built-in formats, instead of the checkpoint's own template.
     Raises: NotFoundError if there is no tokenizer; CheckpointError if its files are damaged.
     """
-    path = _weights_path(resolve(folder))
+    path = weights_path(resolve(folder))
     if path.suffix != ".gguf":
         return tokenizers.load_tokenizer(path, chat_format=chat_format)
     metadata = read_gguf(path).metadata
@@ -98,12 +98,6 @@ def save_model(
         extra_files=files,
         overwrite=overwrite,
     )
-
-
-def _weights_path(path: Path) -> Path:
-    """The path, or the one GGUF file of a folder that holds nothing else."""
-    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
-    return files[0] if len(files) == 1 else path
 
 
 def _present(device: str | torch.device) -> torch.device:

@@ -105,6 +105,12 @@ def resolve(model: str | Path | None = None) -> Path:
     raise NotFoundError(f"no model {name[:80]!r} here: {_remedy(name, models)} (`ernie models --all` lists models)")
 
 
+def weights_path(path: Path) -> Path:
+    """The path, or the one GGUF file of a folder that holds nothing else."""
+    files = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").exists() else []
+    return files[0] if len(files) == 1 else path
+
+
 def published_id(name: str) -> str | None:
     """The hub id of a published model under any of its names, None if there is no such model."""
     try:

@@ -11,7 +11,7 @@ import pytest
 
 import ernie45
 from ernie45.cli.answer import Answer
-from ernie45.engine.generation import Piece
+from ernie45.engine.pieces import Piece
 from ernie45.processing.tokenizer import Tokenizer
 
 

@@ -14,7 +14,7 @@ import ernie45
 from ernie45.checkpoint.source import ModuleSource
 from ernie45.checkpoint.write import write_folder
 from ernie45.engine.engine import Engine
-from ernie45.engine.generation import Completion, join
+from ernie45.engine.pieces import Completion, join
 from ernie45.engine.request import End, Output, PromptScores, Request
 from ernie45.kernels.native import status
 from ernie45.layers.native import use_kernel_leaves
@@ -38,6 +38,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     built.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return ernie45.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="session")
+def thinking_tokenizer(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The same vocabulary with the chat format of the thinking model."""
+    folder = tmp_path_factory.mktemp("thinking")
+    tokenizer.save(folder)
+    return ernie45.load_tokenizer(folder, chat_format="ernie_thinking")
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ernie45 import LoopDetection, SamplingParams
-from ernie45.engine.generation import Generation, Piece, join
+from ernie45.engine.generation import Generation
+from ernie45.engine.pieces import Piece, join
 from ernie45.errors import RequestError
 from ernie45.processing.tokenizer import Tokenizer
 
@@ -114,6 +115,20 @@ def test_a_budget_needs_a_token_that_ends_thoughts(tokenizer: Tokenizer, tmp_pat
     start(without)
 
 
+def test_the_answer_proper_has_a_limit_of_its_own(tokenizer: Tokenizer) -> None:
+    pieces = play(start(tokenizer, prompt=(THINK,), response_max_tokens=2), [10, 11, 12, END_THINK, 20, 21, 22])
+    assert join(pieces, 0).ids == (10, 11, 12, END_THINK, 20, 21)
+    assert pieces[-1].finish_reason == "length"
+    assert len(play(start(tokenizer, response_max_tokens=2), [20, 21, 22])) == 2
+
+
+def test_listed_ids_are_never_chosen(tokenizer: Tokenizer) -> None:
+    generation = start(tokenizer, bad_words_token_ids=(11, 10))
+    assert [generation.step(preferring(10, 11, 12)).ids for _ in range(2)] == [(12,), (12,)]
+    with pytest.raises(RequestError, match="bad_words_token_ids holds id 101, the tokenizer knows 0 to 100"):
+        start(tokenizer, bad_words_token_ids=(101,))
+
+
 def test_loops_end_an_output_and_say_so(tokenizer: Tokenizer) -> None:
     loop = LoopDetection(repeats=3, max_pattern=8, min_tokens=9)
     pieces = play(start(tokenizer, loop_detection=loop), [20, *[30, 31, 32] * 20])
@@ -164,6 +179,29 @@ def test_a_mask_says_when_the_output_is_whole(tokenizer: Tokenizer) -> None:
         assert (last.finish_reason, last.stop_reason, last.finish_detail) == ("stop", None, None)
 
 
+def test_special_tokens_in_the_text_are_a_choice(tokenizer: Tokenizer) -> None:
+    script = [2, 10, END_THINK, 11]  # 2 is <|im_end|>, which ends an answer and is none of its tags
+    plain = tokenizer.decode([10, 11])
+    texts = {}
+    for special in ("skip", "keep"):
+        pieces = play(start(tokenizer, special_tokens=special, ignore_eos=True, max_tokens=4), script)
+        texts[special] = join(pieces, 0).text
+    assert texts == {"skip": plain, "keep": f"<|im_end|>{plain[0]}</think>{plain[1]}"}
+
+
+def test_tags_of_answers_can_be_kept_alone(thinking_tokenizer: Tokenizer) -> None:
+    tags = [thinking_tokenizer.special_tokens[text] for text in ("<|im_end|>", "</think>")]
+    generation = start(thinking_tokenizer, special_tokens="answer_tags", ignore_eos=True, max_tokens=2)
+    assert join(play(generation, tags), 0).text == "</think>"
+
+
+def test_a_stop_string_can_be_part_of_the_output(tokenizer: Tokenizer) -> None:
+    script = tokenizer.encode("one two")
+    kept = play(start(tokenizer, stop=("tw",), include_stop_str_in_output=True), script)
+    left_out = play(start(tokenizer, stop=("tw",)), script)
+    assert (join(kept, 0).text, join(left_out, 0).text) == ("one tw", "one ")
+
+
 def test_choices_have_seeds_of_their_own(tokenizer: Tokenizer) -> None:
     flat = torch.zeros(101)
 
@@ -194,7 +232,11 @@ def test_log_probabilities_of_a_forced_token_are_those_of_the_model(tokenizer: T
         ({"logit_bias": dict.fromkeys(range(1025), 1)}, "logit_bias holds 1025 ids, expected at most 1024"),
         ({"bad_words": ("",)}, "bad_words holds 1 entries"),
         ({"stop_token_ids": ("x",)}, "an id in stop_token_ids is 'x'"),
+        ({"special_tokens": "all"}, "special_tokens is 'all', expected one of skip, answer_tags, keep"),
         ({"prompt_logprobs": 21}, "prompt_logprobs is 21"),
+        ({"bad_words_token_ids": (-1,)}, "an id in bad_words_token_ids is -1"),
+        ({"stop_token_ids": tuple(range(1025))}, "stop_token_ids holds 1025 ids, expected at most 1024"),
+        ({"response_max_tokens": 0}, "response_max_tokens is 0"),
         ({"reasoning_max_tokens": -1}, "reasoning_max_tokens is -1"),
     ],
 )

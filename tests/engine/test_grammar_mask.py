@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from ernie45 import Constraint, EngineConfig, NgramSpeculation, SamplingParams, load_tokenizer
 from ernie45.engine.engine import Engine
-from ernie45.engine.generation import Completion
 from ernie45.engine.grammar_mask import GrammarMask, grammar_masks
+from ernie45.engine.pieces import Completion
+from ernie45.errors import RequestError
 from ernie45.layers.native import use_kernel_leaves
 from ernie45.models.text import CausalLM
 from ernie45.processing.answer_format import Start
@@ -182,6 +183,40 @@ def test_what_cannot_be_written_fails_alone_and_once(
         assert driver.ends[name].reason == "choice: no token of the vocabulary continues the answer"
     assert driver.ends["fine"].kind == "finished"
     assert driver.completion("fine").text in ("ab", "ba")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_the_caller_began_is_part_of_the_answer(
+    plain: Setting, thinking: Setting, drive: Any, kind: str
+) -> None:
+    begun = {"schema": '{"name": "a', "regex": "abc", "choice": "yes"}[kind]
+    for setting in (plain, thinking):
+        prompt = [*PROMPT, *setting.tokenizer.encode(begun)]
+        masks = grammar_masks(setting.grammars, setting.tokenizer, KINDS[kind][0], prompt, begun=begun)
+        driver = drive(setting.engine())
+        driver.add("x", prompt, replace(PARAMS, n=3, max_tokens=100), new_mask=masks)
+        driver.run()
+        choices = [driver.completion("x", index) for index in range(3)]
+        finished = [choice for choice in choices if choice.finish_reason == "stop"]
+        assert finished
+        for choice in finished:
+            parser = AnswerParser(setting.tokenizer.answer_format, start="text")
+            detokenizer = Detokenizer(setting.tokenizer, keep=setting.tokenizer.answer_tag_ids)
+            text = "".join([*map(detokenizer.push, choice.ids), detokenizer.finish()])
+            assert KINDS[kind][1](begun + collected([*parser.push(text), *parser.finish()]).content)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "begun", "reason"),
+    [
+        (Constraint.choice(CHOICES), "maybe", "choice does not allow the text"),
+        (Constraint.regex("abc"), "abc", "regex leaves nothing to add"),
+        (Constraint.tool_calls([{"name": "f"}]), "a", "cannot go on with a text"),
+    ],
+)
+def test_a_text_that_cannot_be_continued(plain: Setting, constraint: Constraint, begun: str, reason: str) -> None:
+    with pytest.raises(RequestError, match=reason):
+        grammar_masks(plain.grammars, plain.tokenizer, constraint, PROMPT, begun=begun)()
 
 
 @pytest.mark.parametrize("budget", [0, 5, None])

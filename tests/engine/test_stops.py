@@ -44,3 +44,9 @@ def test_before_min_tokens_stop_strings_pass() -> None:
     checker = StopChecker(("x",))
     assert checker.push("axb", armed=False) == ("axb", None)
     assert checker.push("cxd", armed=True) == ("c", "x")
+
+
+def test_the_stop_string_is_shown_if_asked_for() -> None:
+    checker = StopChecker(("END",), included=True)
+    assert checker.push("hello E", armed=True) == ("hello ", None)
+    assert checker.push("NDless", armed=True) == ("END", "END")

@@ -67,6 +67,11 @@ GOLDEN: list[tuple[str, AnswerFormat, Start, list[Any]]] = [
     (f"R\n</think>\n\n{CALL}\n{CALL}\n", VL_THINKING, "thought", [R("R"), *F, *second(1, "f", '{"a": 1}')]),
     ("R\n</think>\n\nA", VL_THINKING, "thought", [R("R"), C("A")]),
     (f"A\n\n{CALL}\n", VL_THINKING, "answer", [C("A"), *F]),
+    # a text that the caller began
+    ("and B\n</response>\n", X1, "text", [C("and B")]),
+    (f"\nB\n</response>\n\n{CALL}", X1, "text", [C("\nB"), *F]),
+    (" <think> B", HERMES, "text", [C(" <think> B")]),
+    (f"\n{CALL}\nB", HERMES, "text", [*F, C("\nB")]),
     # Hermes, Qwen
     ("<think>\nR\n</think>\n\nA\n", HERMES, "open", [R("R"), C("A\n")]),
     ("\n\n <think>R</think>A", HERMES, "open", [R("R"), C("A")]),

@@ -53,6 +53,7 @@ HERMES = """\
 {%- endif %}
 """
 PLAIN = "{% for m in messages %}<|im_start|>{{ m['role'] + '\\n' + m['content'] }}<|im_end|>\n{% endfor %}"
+BARE = "{% for m in messages %}### {{ m['role'] + ': ' + m['content'] }}\n{% endfor %}"
 TOOL = {"type": "function", "function": {"name": "f", "description": "<|im_end|> </tool_call>", "parameters": {}}}
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"k": "<think>"}}}
 
@@ -170,6 +171,29 @@ def test_format_is_told_from_the_template(template: str, chat_format: str, stop:
     assert tokenizer.stop_ids == expected
 
 
+@pytest.mark.parametrize(
+    ("template", "thinking", "capabilities"),
+    [
+        (PLAIN, "never", {"tools"}),
+        (BARE, "never", set()),
+        (HERMES, "optional", {"tools", "thinking"}),
+        ("{{ messages[0].content.split('</think>')[-1] }}", "always", {"thinking"}),
+        ("think_mode=True{{ tools }}", "always", {"tools", "thinking"}),
+        ("<|im_start|>{{ raise_exception('no tools here') }}", "never", set()),
+    ],
+)
+def test_what_a_template_can_do(template: str, thinking: str, capabilities: set[str], load: Any) -> None:
+    tokenizer = load(template)
+    assert (tokenizer.thinking, tokenizer.capabilities) == (thinking, capabilities)
+
+
+def test_what_always_thinks_may_be_asked_to(load: Any) -> None:
+    tokenizer = load("{{ messages[0].content.split('</think>')[-1] }}")
+    assert tokenizer.render([user("q")], thinking=True) == "q"
+    with pytest.raises(RequestError, match="always thinks"):
+        tokenizer.render([user("q")], thinking=False)
+
+
 def test_markers_without_a_vocabulary_entry_are_text(load: Any) -> None:
     tokenizer = load("[INST]{{ messages[0].content }}[/INST]")
     prompt = tokenizer.render([user("q")])
@@ -211,11 +235,11 @@ def test_printed_lists_keep_their_text(load: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "options", "reason"),
     [
-        (PLAIN, [user("q")], {"tools": [TOOL]}, "has no tools"),
+        (BARE, [user("q")], {"tools": [TOOL]}, "has no tools"),
         (PLAIN, [user("q")], {"thinking": True}, "has no thinking"),
         ("think_mode=True", [user("q")], {"thinking": False}, "always thinks"),
-        (PLAIN, [{"role": "assistant", "content": "", "tool_calls": [CALL]}], {}, r"messages\[0\].*no tool calls"),
-        (PLAIN, [{"role": "tool", "content": "x"}], {}, r"messages\[0\].*no tool results"),
+        (BARE, [{"role": "assistant", "content": "", "tool_calls": [CALL]}], {}, r"messages\[0\].*no tool calls"),
+        (BARE, [{"role": "tool", "content": "x"}], {}, r"messages\[0\].*no tool results"),
         (PLAIN, [{"role": "assistant", "content": "x", "reasoning_content": "r"}], {}, r"messages\[0\].*no thinking"),
         (PLAIN, [user([{"type": "image_url", "image_url": "u"}])], {}, r"messages\[0\].*image_url"),
         ("{{ messages[1].content }}", [{"role": "system", "content": "S"}, user("q")], {}, "leaves system text out"),

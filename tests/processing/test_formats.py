@@ -177,6 +177,21 @@ def test_golden(name: str, messages: Any, options: dict[str, Any], expected: str
     assert "".join(segment.text for segment in prompt.segments) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "thinking", "tools"),
+    [
+        ("ernie", "never", False),
+        ("ernie_vl", "optional", False),
+        ("ernie_thinking", "always", True),
+        ("ernie_vl_thinking", "optional", True),
+    ],
+)
+def test_what_a_format_can_do(name: str, thinking: str, tools: bool, of: Any) -> None:
+    assert of(name).thinking == thinking
+    expected = [*["tools"] * tools, *["thinking"] * (thinking != "never")]
+    assert of(name).capabilities == set(expected)
+
+
 def test_arguments_may_be_a_json_string(of: Any) -> None:
     text = json.dumps(CALL["function"]["arguments"])
     call = {"function": {"name": "weather", "arguments": text}}

@@ -1,0 +1,321 @@
+"""The engine as the server sees it: another process, watched over, with a stream of events per request. No torch here.
+
+    client = EngineClient(Launch(model="path"))
+    await client.start()
+    answer = await client.submit(Submit(id="a", prompt=[5, 6], params=SamplingParams()))
+    async for event in answer: ...        # PromptScores, Output, and exactly one End, or EngineDownError
+
+If the process dies, whoever waits for it gets `EngineDownError` at once, and a new process is started: at once after the first
+death, later ones with growing pauses. A process that stops answering is killed, which is the same case then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Literal
+
+from ernie45 import errors
+from ernie45.engine import wire
+from ernie45.engine.request import End, Event
+from ernie45.engine.stats import EngineStats
+from ernie45.errors import EngineDownError, Ernie45Error, RequestError, TransferError
+
+_logger = logging.getLogger(__name__)
+
+State = Literal["loading", "ready", "restarting", "stopped"]
+
+_PING_S = 2.0
+_MAX_PAUSE_S = 10.0
+_READ_BYTES = 1 << 18
+_EXIT_S = 5.0
+"""How long a process that was told to stop may take."""
+
+
+class Answer:
+    """The events of one request. Iterate once, to the end; or `abort`."""
+
+    def __init__(self, client: EngineClient, request_id: str) -> None:
+        self._client, self.request_id = client, request_id
+        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self.end: End | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        """Events up to and with the end. Raises: EngineDownError if the engine's process dies meanwhile."""
+        while self.end is None:
+            event = await self._events.get()
+            if isinstance(event, Exception):
+                raise event
+            if isinstance(event, End):
+                self.end = event
+            yield event
+
+    def abort(self) -> None:
+        """Nobody wants the rest: the engine frees what the request holds within a step. Its end still comes."""
+        self._client.abort(self.request_id)
+
+    def push(self, event: Event | Exception) -> None:
+        """For the client: what has come."""
+        self._events.put_nowait(event)
+
+
+class EngineClient:
+    """Starts the engine's process, talks to it, starts it again."""
+
+    def __init__(
+        self,
+        launch: wire.Launch,
+        *,
+        stall_s: float = 120.0,
+        on_loading: Callable[[wire.Loading], None] | None = None,
+    ) -> None:
+        """Args: stall_s: silence after which the process counts as stuck; longer than any step takes."""
+        self._launch, self._stall_s, self._on_loading = launch, stall_s, on_loading
+        self.state: State = "loading"
+        self.facts: wire.Started | None = None
+        self.stats: EngineStats | None = None
+        self.loading: wire.Loading | None = None
+        self.restarts = 0
+        self.last_error: str | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._waiting: dict[str, asyncio.Future[None]] = {}
+        self._answers: dict[str, Answer] = {}
+        self._supervisor: asyncio.Task[None] | None = None
+        self._first_start: asyncio.Future[None] | None = None
+        self._pings = itertools.count()
+        self._heard = 0.0
+        self._paused = False
+        self._stopping = False
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have no end yet."""
+        return len(self._answers) + len(self._waiting)
+
+    @property
+    def paused(self) -> bool:
+        """Whether the engine computes nothing until `resume`."""
+        return self._paused
+
+    async def start(self) -> None:
+        """Start the process and wait until it serves. Raises: what loading the model raised there."""
+        self._first_start = asyncio.get_running_loop().create_future()
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+        await self._first_start
+
+    async def submit(self, submit: wire.Submit) -> Answer:
+        """Hand a request over and wait until the engine has taken it.
+
+        Raises: RequestError if it cannot be honoured; EngineDownError if there is no engine to take it.
+        """
+        if submit.id in self._answers or submit.id in self._waiting:
+            raise RequestError(f"request id {submit.id!r} is in use by a request that runs: choose another")
+        taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting[submit.id] = taken
+        answer = self._answers[submit.id] = Answer(self, submit.id)
+        try:
+            self._send(submit)
+            await taken
+        except BaseException:  # refused, down, or the caller was cancelled: then it must not run on unseen
+            self._answers.pop(submit.id, None)
+            if self._waiting.pop(submit.id, None) is not None and self.state == "ready":
+                self._send(wire.Abort(submit.id))
+            raise
+        return answer
+
+    def abort(self, request_id: str) -> None:
+        """End a request, if it runs."""
+        if request_id in self._answers and self.state == "ready":
+            self._send(wire.Abort(request_id))
+
+    def pause(self) -> None:
+        """Compute nothing until `resume`; survives a restart of the process."""
+        self._paused = True
+        self._send(wire.Pause())
+
+    def resume(self) -> None:
+        """Go on."""
+        self._paused = False
+        self._send(wire.Resume())
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache."""
+        self._send(wire.ForgetPrefixes())
+
+    async def stop(self) -> None:
+        """End the process; what still runs there gets `EngineDownError`."""
+        self.state = "stopped"
+        self._stopping = True
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.write(wire.frame(wire.Stop()))
+        if self._supervisor is not None:
+            try:
+                await asyncio.wait_for(asyncio.shield(self._supervisor), _EXIT_S)
+            except (TimeoutError, asyncio.TimeoutError):  # one class from Python 3.11 on
+                self._kill()
+                await self._supervisor
+
+    def _send(self, message: wire.ToWorker) -> None:
+        if self.state != "ready" or self._writer is None:
+            raise EngineDownError(self._down_message())
+        self._writer.write(wire.frame(message))
+
+    def _down_message(self) -> str:
+        if self.state == "loading":
+            return "the model is being loaded: try again shortly"
+        if self.state == "stopped":
+            return "the server is shutting down"
+        return "the engine is being restarted: try again shortly"
+
+    async def _supervise(self) -> None:
+        deaths_in_a_row = 0
+        while not self._stopping:
+            served = await self._run_process()
+            if self._stopping:
+                return
+            assert self._first_start is not None, "start() made it"
+            if not self._first_start.done():
+                error = getattr(errors, self._not_started.error, EngineDownError) if self._not_started else None
+                message = self._not_started.message if self._not_started else "the engine's process died while loading"
+                known = isinstance(error, type) and issubclass(error, Ernie45Error)
+                self._first_start.set_exception((error if known and error else EngineDownError)(message))
+                self.state = "stopped"
+                return
+            self.restarts += 1
+            deaths_in_a_row = 0 if served else deaths_in_a_row + 1
+            pause = min(0.5 * 2**deaths_in_a_row, _MAX_PAUSE_S) if deaths_in_a_row else 0.0
+            _logger.error("the engine's process ended (%s); starting it again in %.1f s", self.last_error, pause)
+            await asyncio.sleep(pause)
+
+    async def _run_process(self) -> bool:
+        """One life of the process. Returns whether it came to serve."""
+        self._not_started: wire.NotStarted | None = None
+        ours, theirs = socket.socketpair()
+        # Its own session: Ctrl-C in a terminal reaches the server alone, which decides what becomes of the engine.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "ernie45.engine.worker", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._writer.write(wire.frame(self._launch))
+        self._heard = time.monotonic()
+        watch = asyncio.create_task(self._watch(), name="engine watchdog")
+        try:
+            await self._listen(reader)
+        except (TransferError, OSError) as error:
+            self.last_error = str(error)
+        finally:
+            watch.cancel()
+            served = self.state == "ready"
+            if not self._stopping:
+                self.state = "restarting"
+            self._writer.close()
+            await self._reap()
+            self._fail_all()
+        return served
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        frames = wire.Frames()
+        while data := await reader.read(_READ_BYTES):
+            self._heard = time.monotonic()
+            for body in frames.push(data):
+                self._hear(wire.read_from_worker(body))
+
+    def _hear(self, message: wire.FromWorker) -> None:
+        match message:
+            case wire.Step():
+                self._deliver(message)
+            case wire.Taken():
+                self._settle(message.id, None)
+            case wire.Refused():
+                error = RequestError if message.kind == "request" else EngineDownError
+                self._settle(message.id, error(message.message))
+            case wire.Pong():
+                self.stats = message.stats
+            case wire.Loading():
+                self.loading = message
+                if self._on_loading is not None:
+                    self._on_loading(message)
+            case wire.Started():
+                self._started(message)
+            case wire.NotStarted():
+                self._not_started = message
+                self.last_error = message.message
+
+    def _deliver(self, step: wire.Step) -> None:
+        self.stats = step.stats
+        events: list[Event] = [*step.scores, *step.outputs, *step.ends]
+        for event in events:
+            if (answer := self._answers.get(event.request_id)) is not None:
+                answer.push(event)
+        for end in step.ends:
+            self._answers.pop(end.request_id, None)
+
+    def _settle(self, request_id: str, error: Exception | None) -> None:
+        """Tell the one who submitted."""
+        taken = self._waiting.pop(request_id, None)
+        if taken is None or taken.done():
+            return
+        if error is None:
+            taken.set_result(None)
+        else:
+            taken.set_exception(error)
+
+    def _started(self, facts: wire.Started) -> None:
+        self.facts, self.loading = facts, None
+        if not self._stopping:
+            self.state = "ready"
+            if self._paused:
+                self._send(wire.Pause())
+        assert self._first_start is not None, "start() made it"
+        if not self._first_start.done():
+            self._first_start.set_result(None)
+
+    async def _watch(self) -> None:
+        """Ask for a sign of life, and kill what gives none."""
+        while True:
+            await asyncio.sleep(_PING_S)
+            if self.state != "ready":
+                continue
+            if time.monotonic() - self._heard > self._stall_s:
+                _logger.error("the engine's process has been silent for %.0f s: killing it", self._stall_s)
+                self._kill()
+                return
+            self._send(wire.Ping(next(self._pings)))
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    async def _reap(self) -> None:
+        """Wait for the process, which has closed its end, and say how it ended."""
+        assert self._process is not None, "it was started"
+        try:
+            code = await asyncio.to_thread(self._process.wait, _EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            code = await asyncio.to_thread(self._process.wait)
+        if self._not_started is None:
+            self.last_error = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+
+    def _fail_all(self) -> None:
+        message = "the engine stopped while it worked on this request: send it again"
+        for taken in self._waiting.values():
+            if not taken.done():
+                taken.set_exception(EngineDownError(message))
+        for answer in self._answers.values():
+            answer.push(EngineDownError(message))
+        self._waiting.clear()
+        self._answers.clear()

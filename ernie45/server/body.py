@@ -1,0 +1,104 @@
+"""Request bodies: JSON, read strictly, before any model sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+
+from ernie45.server.errors import ApiError
+
+MAX_DEPTH = 64
+"""Levels that JSON may be nested; tool schemas take about 10."""
+
+
+class JsonRequest(Request):
+    """A request whose JSON holds nothing that JSON does not: no NaN, no half characters, no bottomless nesting."""
+
+    async def json(self) -> Any:
+        """The body. Raises: ApiError that says where it is no JSON."""
+        if not hasattr(self, "_json"):
+            self._json = parse(await self.body())
+            if isinstance(self._json, dict):
+                # For errors: a message that begins with one of these names is about that field.
+                self.scope.setdefault("state", {})["fields"] = frozenset(self._json)
+        return self._json
+
+
+class JsonRoute(APIRoute):
+    """A route of JSON in and out; what does not fit becomes a 400 that names the field."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Wrap the handler."""
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            if request.method == "POST":
+                kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+                if kind != "application/json":
+                    raise ApiError(
+                        415, f"content-type is {kind!r}, expected application/json", code="unsupported_media_type"
+                    )
+            try:
+                return await handle(JsonRequest(request.scope, request.receive))
+            except RequestValidationError as error:
+                raise invalid(error) from error
+
+        return strict
+
+
+def parse(data: bytes) -> Any:
+    """A JSON value. Raises: ApiError (400) with the place and the reason."""
+    if not data.strip():
+        raise ApiError(400, "the body is empty, expected a JSON object", code="invalid_json")
+    try:
+        value = from_json(data, allow_inf_nan=False)
+    except ValueError as error:  # RecursionError's message comes as one, too
+        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+    if _deeper_than(value, MAX_DEPTH):
+        raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep: flatten it", code="invalid_json")
+    return value
+
+
+def invalid(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, named by its field."""
+    first = error.errors()[0]
+    path = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    # Names of union members stand in the path beside fields and positions; they mean nothing to a caller.
+    shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if _is_field(part)).lstrip(
+        "."
+    )
+    if first["type"] == "missing":
+        return ApiError(
+            400, f"{shown or 'the body'} is missing", code="missing_required_parameter", param=shown or None
+        )
+    got = repr(first.get("input"))
+    got = got if len(got) <= 80 else f"{got[:77]}..."
+    message = f"{shown or 'the body'} is {got}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    return ApiError(400, message, code="invalid_value", param=shown or None)
+
+
+def _is_field(part: object) -> bool:
+    return isinstance(part, int) or (isinstance(part, str) and part.isidentifier() and part not in _TYPE_NAMES)
+
+
+_TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict", "none"})
+
+
+def _deeper_than(value: object, limit: int) -> bool:
+    level: list[Any] = [value]
+    for _ in range(limit + 1):
+        level = [
+            item
+            for outer in level
+            if isinstance(outer, dict | list)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,184 @@
+"""`POST /completions`."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from ernie45.engine.pieces import Piece, TokenLogprob
+from ernie45.errors import RequestError
+from ernie45.processing.answer_parser import ContentDelta
+from ernie45.processing.constraint import asked_constraint
+from ernie45.server.answering import Answering, Choice, Delta, Plan
+from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone, usage_body
+from ernie45.server.body import JsonRoute
+from ernie45.server.chat_plan import CONSTRAINT_FIELDS
+from ernie45.server.documented import ERRORS, JSON_OR_STREAM
+from ernie45.server.logprobs import completion_logprobs, prompt_logprobs
+from ernie45.server.schema.completions import Completion, CompletionRequest
+from ernie45.server.schema.sampling import sampling_params
+from ernie45.server.service import Service
+from ernie45.server.stream import DONE, data
+
+router = APIRouter(route_class=JsonRoute, tags=["completions"])
+
+
+@router.post(
+    "/completions", response_model=Completion, responses={**ERRORS, **JSON_OR_STREAM}, summary="Go on with a text"
+)
+async def completions(request: Request, body: CompletionRequest) -> Response:
+    """Go on with a text, or with several, whole or (`stream`) as server-sent events that end with `data: [DONE]`."""
+    service = service_of(request)
+    service.check_model(body.model)
+    unknown = body.unknown_fields()
+    plans = await service.in_thread(completion_plans, service, body)
+    service.check_plans(plans)
+    answering = await service.answer(plans, caller_of(request))
+    shaper = _Shaper(service, body, plans, answering)
+    headers = extra_headers(request, unknown)
+    if body.stream:
+        return streamed(request, answering, shaper.frames(), headers)
+    choices = await unless_gone(request, answering, answering.whole())
+    return json_answer(shaper.completion(choices), headers)
+
+
+def completion_plans(service: Service, body: CompletionRequest) -> list[Plan]:
+    """One plan per prompt. Raises: RequestError."""
+    tokenizer = service.tokenizer
+    scoring = body.max_tokens == 0
+    if scoring and not body.echo:
+        raise RequestError("max_tokens is 0, expected 1 or more, or echo true to score the prompt")
+    params = sampling_params(
+        body,
+        service.sampling_defaults,
+        tokenizer,
+        max_tokens=1 if scoring else body.max_tokens,
+        logprobs=body.logprobs,
+        prompt_logprobs=_most(body.prompt_logprobs, body.logprobs if body.echo else None),
+        special_tokens="keep" if body.skip_special_tokens is False else None,
+    )
+    given = {name: getattr(body, name) for name in CONSTRAINT_FIELDS if getattr(body, name) is not None}
+    constraint = asked_constraint(given)
+    plans = []
+    for number, prompt in enumerate(_prompts(body)):
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        if not ids:
+            raise RequestError(f"prompt {number} is empty: give at least one token")
+        plans.append(
+            Plan(
+                prompt=tuple(ids),
+                params=params,
+                constraint=constraint,
+                priority=body.priority or 0,
+                cache_salt=body.cache_salt,
+            )
+        )
+    return plans
+
+
+def _prompts(body: CompletionRequest) -> list[str | list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [item for item in prompt if isinstance(item, int)]
+    return [ids] if ids else [item for item in prompt if not isinstance(item, int)]
+
+
+def _most(one: int | None, other: int | None) -> int | None:
+    return max((value for value in (one, other) if value is not None), default=None)
+
+
+class _Shaper:
+    """Makes OpenAI's objects of the deltas of one request."""
+
+    def __init__(self, service: Service, body: CompletionRequest, plans: list[Plan], answering: Answering) -> None:
+        self._service, self._body, self._plans, self._answering = service, body, plans, answering
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.model_name,
+        }
+        self._scoring = body.max_tokens == 0
+
+    def completion(self, choices: list[Choice]) -> dict[str, Any]:
+        """The whole answer."""
+        for choice in choices:
+            self._service.metrics.finished(choice.finish_reason)
+        shown = [
+            self._choice(choice.index, choice.parsed.content, choice.pieces, choice.finish_reason, first=True)
+            for choice in choices
+        ]
+        return {**self._head, "choices": shown, "usage": usage_body(self._answering.usage)}
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """The answers as events, interleaved as they come."""
+        begun: set[int] = set()
+        held: dict[int, list[Delta]] = {}
+        async for delta in self._answering.deltas():
+            waiting = held.setdefault(delta.index, [])
+            waiting.append(delta)
+            if delta.finish_reason is None and sum(len(one.piece.ids) for one in waiting) < self._body.chunk_tokens:
+                continue
+            deltas = held.pop(delta.index)
+            text = "".join(part.text for one in deltas for part in one.parts if isinstance(part, ContentDelta))
+            first = delta.index not in begun
+            tells = self._body.logprobs is not None or bool(self._body.return_token_ids)
+            if not text and delta.finish_reason is None and not tells and not first:
+                continue
+            begun.add(delta.index)
+            pieces = [one.piece for one in deltas]
+            shown = self._choice(delta.index, text, pieces, delta.finish_reason, first=first)
+            yield data({**self._head, "choices": [shown]})
+            if delta.finish_reason is not None:
+                self._service.metrics.finished(delta.finish_reason)
+        if self._body.wants_usage:
+            yield data({**self._head, "choices": [], "usage": usage_body(self._answering.usage)})
+        yield DONE
+
+    def _choice(
+        self, index: int, text: str, pieces: list[Piece], finish_reason: str | None, *, first: bool
+    ) -> dict[str, Any]:
+        """A choice, whole or a part of it. The first part of one begins with the prompt, if that is echoed."""
+        tokenizer, body = self._service.tokenizer, self._body
+        plan = self._plans[index // self._plans[0].params.n]
+        scores = self._answering.scores[index // self._plans[0].params.n]
+        ids = [] if self._scoring else [token for piece in pieces for token in piece.ids]
+        logprobs: list[TokenLogprob | None] = []
+        if not self._scoring:
+            logprobs += [logprob for piece in pieces for logprob in piece.logprobs]
+            shown_text = text
+        else:
+            shown_text = ""
+        if first and body.echo:
+            shown_text = (
+                tokenizer.decode(plan.prompt, skip_special_tokens=body.skip_special_tokens is not False) + shown_text
+            )
+            ids = [*plan.prompt, *ids]
+            if body.logprobs is not None:
+                logprobs = [None, *(scores.logprobs if scores else ()), *logprobs]
+        last = pieces[-1]
+        shown: dict[str, Any] = {
+            "index": index,
+            "text": shown_text,
+            "logprobs": None if body.logprobs is None else completion_logprobs(tokenizer, logprobs, ids),
+            "finish_reason": finish_reason,
+        }
+        if finish_reason is not None:
+            asked = body.stop_token_ids or ()
+            stop = last.stop_reason
+            shown["stop_reason"] = stop if isinstance(stop, str) or stop in asked else None
+            if last.finish_detail is not None:
+                shown["finish_detail"] = last.finish_detail
+        if first and body.prompt_logprobs is not None:
+            shown["prompt_logprobs"] = prompt_logprobs(tokenizer, scores.logprobs if scores else ())
+        if body.return_token_ids:
+            shown["token_ids"] = ids
+            if first:
+                shown["prompt_token_ids"] = list(plan.prompt)
+        return shown

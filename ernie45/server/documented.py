@@ -1,0 +1,28 @@
+"""What the OpenAPI document says of every route: errors, and streams beside JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ernie45.server.schema.chat import ErrorBody
+
+_REASONS = {
+    400: "The request cannot be honoured; `param` names the field.",
+    401: "No key, or none of this server's.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    415: "The body is no JSON, or compressed.",
+    429: "Too much at once; `Retry-After` says when to come back.",
+    500: "The server failed.",
+    503: "The engine is being started, or the server shuts down; `Retry-After` says when to come back.",
+    504: "The request took too long.",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": reason} for status, reason in _REASONS.items()
+}
+JSON_OR_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer; with `stream` as server-sent events.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}

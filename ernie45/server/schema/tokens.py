@@ -1,0 +1,99 @@
+"""`/tokenize`, `/detokenize`, `/render`, `/models`, `/version`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ernie45.server.schema.chat import MAX_MESSAGES, ChatMessage, ChatTemplateKwargs, Tool
+
+
+class TokenizeRequest(BaseModel):
+    """Text, or a conversation."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool | None = None
+    """Understood, and of no effect: text is taken as it stands, and templates write their own."""
+    return_token_strs: bool = False
+
+
+class Tokenized(BaseModel):
+    """The ids."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """Token ids."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+
+
+class Detokenized(BaseModel):
+    """Their text, special tokens included."""
+
+    prompt: str
+
+
+class Rendered(BaseModel):
+    """What the template makes of a conversation."""
+
+    prompt: str
+    token_ids: list[int]
+    count: int
+
+
+class ModelCard(BaseModel):
+    """A model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None = None
+    max_model_len: int
+    """Tokens of prompt and answer that are served."""
+    context_length: int
+    """Tokens that the model's positions reach."""
+    capabilities: list[str]
+    kind: str
+    weights: str
+    parameters: int
+    active_parameters: int
+
+
+class ModelList(BaseModel):
+    """The models."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Version(BaseModel):
+    """The server's version."""
+
+    version: str
+
+
+class Status(BaseModel):
+    """How the server is."""
+
+    status: str
+    message: str
