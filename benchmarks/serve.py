@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,11 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], list
         session.measure_running(running)
     else:
         for name in options.server or _SERVERS:
-            session.measure(name, lambda name=name: _server(name, network, sizes, options))
+            session.measure(name, partial(_server, name, network, sizes, options))
     if not session.servers:
         raise Ernie45Error("no server was measured: " + "; ".join(f"{n}: {why}" for n, why in session.missing.items()))
     engine = session.engine_s(sizes) if OURS in session.servers and "overhead" in workloads and not plan.chat else []
-    report = {
+    report: dict[str, Any] = {
         "benchmark": "serve",
         **began,
         "command": command,

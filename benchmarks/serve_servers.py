@@ -35,6 +35,7 @@ _START_LIMIT_S = 300
 _STOP_LIMIT_S = 30
 _POLL_S = 0.01
 _LOG_LINES = 6
+_STATE, _PARENT, _SESSION, _CPU, _STARTED = 0, 1, 3, slice(11, 15), 19  # of /proc/PID/stat, from the state on
 _BEARER = {"Authorization": f"Bearer {KEY}"}
 
 
@@ -105,7 +106,7 @@ class Running:
         return Endpoint(host=self._host, port=self._port, path=path, headers=self.server.headers)
 
     def cpu_s(self) -> float:
-        """CPU seconds of all its processes so far; 0 for a server that was not started here."""
+        """CPU seconds of all its processes so far, ended ones included; 0 for a server that was not started here."""
         return sum((_cpu_s(pid) for pid in self._pids()), start=0.0)
 
     def resident_bytes(self) -> int:
@@ -113,7 +114,7 @@ class Running:
         return sum(_pss_bytes(pid) for pid in self._pids())
 
     def _pids(self) -> list[int]:
-        return [] if self._process is None else _session(self._process.pid)
+        return [] if self._process is None else list(_family(self._process.pid))
 
 
 def ernie45_server(folder: Path, weights: str, sizes: Sizes, facts: Mapping[str, Any]) -> Server:
@@ -279,12 +280,15 @@ def _is_ready(port: int, path: str) -> bool:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End a server as its supervisor would, and whatever it leaves behind."""
+    family = _family(process.pid)
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_STOP_LIMIT_S)
-    for pid in _session(process.pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    for pid, started_at in family.items():
+        fields = _stat(pid)
+        if fields and fields[_STARTED] == started_at:  # and no other process that got its number
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
@@ -312,14 +316,21 @@ def _versions(python: Path, packages: Sequence[str]) -> str:
     return said.stdout.strip()
 
 
-def _session(leader: int) -> list[int]:
-    """Every living process of a session."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        fields = _stat(int(folder.name))
-        if fields and int(fields[3]) == leader and fields[0] != "Z":
-            found.append(int(folder.name))
-    return found
+def _family(leader: int) -> dict[int, str]:
+    """A process, all that descend from it and all of their sessions, each with the time of its start."""
+    known = {int(folder.name): _stat(int(folder.name)) for folder in Path("/proc").glob("[0-9]*")}
+    known = {pid: fields for pid, fields in known.items() if fields and fields[_STATE] != "Z"}
+    family: set[int] = set()
+    while True:
+        # A parent that has ended no longer shows, but the session that it began does.
+        grown = {
+            pid
+            for pid, fields in known.items()
+            if pid == leader or {int(fields[_PARENT]), int(fields[_SESSION])} & (family | {leader})
+        }
+        if grown == family:
+            return {pid: known[pid][_STARTED] for pid in family}
+        family = grown
 
 
 def _stat(pid: int) -> list[str]:
@@ -334,7 +345,7 @@ def _stat(pid: int) -> list[str]:
 def _cpu_s(pid: int) -> float:
     """CPU seconds of a process and of its children that have ended."""
     fields = _stat(pid)
-    return sum(int(ticks) for ticks in fields[11:15]) / os.sysconf("SC_CLK_TCK") if fields else 0.0
+    return sum(int(ticks) for ticks in fields[_CPU]) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def _pss_bytes(pid: int) -> int:

@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -97,7 +98,8 @@ class Prompts:
         if self._tokenizer is None:
             # From the middle of the vocabulary: special tokens lie at its ends.
             return [self._random.randrange(self._vocab_size // 8, 3 * self._vocab_size // 4) for _ in range(tokens)]
-        text, ends = "", []
+        text = ""
+        ends: list[int] = []
         while len(ends) < tokens:
             text += " ".join(self._random.choices(_TEXT.split(), k=tokens // 4 + 1)) + " "
             ends = [end for _, end in self._tokenizer.encode(text, add_special_tokens=False).offsets]
@@ -187,9 +189,7 @@ class Workloads:
                 "interference",
                 case,
                 repeat,
-                lambda bodies=bodies, late=late: disturbed_streams(
-                    self._endpoint, bodies, late, plan.quiet_s, plan.deadline_s
-                ),
+                partial(disturbed_streams, self._endpoint, bodies, late, plan.quiet_s, plan.deadline_s),
             )
 
     def _overload(self) -> Iterator[Measured]:
@@ -219,7 +219,7 @@ class Workloads:
                     "overload",
                     offered,
                     repeat,
-                    lambda arrivals=arrivals, due_s=due_s: open_loop(self._endpoint, arrivals, due_s, plan.deadline_s),
+                    partial(open_loop, self._endpoint, arrivals, due_s, plan.deadline_s),
                 )
                 # Whatever still waits there must not burden the next rate.
                 closed_loop(self._endpoint, self._bodies("settle", 1, prompt=8, output=2), 1, _SETTLE_LIMIT_S)

@@ -314,7 +314,7 @@ def test_figures_of_a_load_by_hand() -> None:
 def test_a_load_without_any_success_has_no_figures() -> None:
     figures = load_figures([[answer_of(0, error="503")]])
     assert figures.errors == {"503": 1}
-    assert figures.output_per_s is figures.ttft is figures.tpot is figures.tokens_per_event is None
+    assert (figures.output_per_s, figures.ttft, figures.tpot, figures.tokens_per_event) == (None,) * 4
 
 
 def test_time_per_token_follows_the_servers_count() -> None:
@@ -357,7 +357,9 @@ def test_prompts_are_seeded_and_begin_differently() -> None:
     assert prompts == [again.draw(20) for _ in range(50)]
     assert all(len(prompt) == 20 for prompt in prompts)
     assert len({prompt[0] for prompt in prompts}) > 30
-    assert all(125 <= token < 750 for prompt in prompts for token in prompt), "no special token"
+    ids = [token for prompt in prompts for token in prompt if isinstance(token, int)]
+    assert len(ids) == 50 * 20
+    assert all(125 <= token < 750 for token in ids), "no special token"
 
 
 @pytest.mark.parametrize("tokens", [1, 17, 300])
@@ -384,6 +386,28 @@ def test_a_server_is_started_watched_and_stopped(tmp_path: Path) -> None:
         (pid,) = running._pids()
     assert not Path(f"/proc/{pid}").exists()
     assert running.cpu_s() == 0
+
+
+FAMILY = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import time; block = bytearray(64 << 20); time.sleep(60)"], start_new_session=True)
+subprocess.run([sys.executable, "-m", "http.server", sys.argv[1], "--bind", "127.0.0.1"])
+"""
+
+
+def test_children_in_sessions_of_their_own_belong_to_a_server(tmp_path: Path) -> None:
+    server = replace(static_server(tmp_path), command=(sys.executable, "-c", FAMILY, "{port}"))
+    with started(server) as running:
+        pids = running._pids()
+        assert len(pids) == 3
+        deadline = time.monotonic() + 10
+        while running.resident_bytes() < 64 << 20:
+            assert time.monotonic() < deadline, "the child's memory counts"
+            time.sleep(0.05)
+    deadline = time.monotonic() + 10
+    while any(serve_servers._family(pid) for pid in pids):
+        assert time.monotonic() < deadline, "they are ended with it"
+        time.sleep(0.01)
 
 
 def test_a_server_that_does_not_start_says_why() -> None:
