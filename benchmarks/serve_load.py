@@ -21,7 +21,7 @@ _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _POLL_S = 0.005
 _FIRST_READS = 6  # head and some tokens: the stream runs
 _OK = 200
-_LAST_CHUNKS = (b"\r\n0\r\n\r\n", b"\n\r\n0\r\n\r\n")
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +122,9 @@ class _Exchange(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._raw.pieces.append((time.perf_counter(), data))
-        if data.endswith(_LAST_CHUNKS):  # for servers that keep the connection although they were asked to close it
+        if data == _LAST_CHUNK or data.endswith(
+            b"\r\n" + _LAST_CHUNK
+        ):  # for servers that keep the connection although they were asked to close it
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
