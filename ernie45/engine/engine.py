@@ -24,6 +24,7 @@ from ernie45.engine.config import EngineConfig, num_pages, resolve
 from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
 from ernie45.engine.generation import Generation
 from ernie45.engine.memory import available_bytes
+from ernie45.engine.pace import Pace
 from ernie45.engine.pages import PagePool
 from ernie45.engine.pieces import Piece, TokenLogprob, join
 from ernie45.engine.prompts import check_ids, room_for_answer
@@ -103,11 +104,12 @@ class Engine:
             kv_dtype=self.config.kv_dtype,
             guesses=guesses,
         )
+        self._pace = Pace(self.config.max_step_tokens, fixed=self.config.max_step_tokens_beside_decodes)
         self._scheduler = Scheduler(
             PagePool(count, self.config.page_size, remembers=self.config.prefix_cache),
             max_num_seqs=self.config.max_num_seqs,
             max_step_tokens=self.config.max_step_tokens,
-            max_step_tokens_beside_decodes=self.config.max_step_tokens_beside_decodes,
+            max_step_tokens_beside_decodes=self._pace.room(1),
         )
         self._tokenizer, self._vocab_size, self._clock = tokenizer, model.config.vocab_size, clock
         self._entries: dict[str, _Entry] = {}
@@ -161,7 +163,11 @@ class Engine:
         self._expire()
         work = () if self.paused else self._plan()
         if work:
+            num_decodes = sum(one.job.decoding for one in work)
+            num_tokens = sum(one.num_tokens for one in work)
+            start = time.perf_counter()
             self._run(work)
+            self._pace.observe(num_decodes, num_tokens - num_decodes, time.perf_counter() - start)
             self._steps += 1
         events, self._events = self._events, []
         return events
@@ -217,6 +223,8 @@ class Engine:
             choice = self._choices[job]
             if job.decoding and choice.drafter is not None:
                 job.drafts = choice.drafter.propose(job.tokens)[: choice.most_drafts]
+        num_decodes = sum(job.decoding for job in self._scheduler.running)
+        self._scheduler.max_step_tokens_beside_decodes = self._pace.room(num_decodes)
         return self._scheduler.plan()
 
     def _run(self, work: Sequence[Work]) -> None:

@@ -43,7 +43,7 @@ class Launch(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     kv_dtype: str | None = None
     page_size: int = EngineConfig.page_size
     max_step_tokens: int = EngineConfig.max_step_tokens
-    max_step_tokens_beside_decodes: int = EngineConfig.max_step_tokens_beside_decodes
+    max_step_tokens_beside_decodes: int | None = EngineConfig.max_step_tokens_beside_decodes
     prefix_cache: bool = True
     speculation: Speculation = "none"
     num_speculative_tokens: int | None = None

@@ -43,8 +43,11 @@ class JsonRoute(APIRoute):
                     raise ApiError(
                         415, f"content-type is {kind!r}, expected application/json", code="unsupported_media_type"
                     )
+            strictly = JsonRequest(request.scope, request.receive)
+            if request.method == "POST":
+                await strictly.json()  # kept by the request; FastAPI would hide the error's place and reason
             try:
-                return await handle(JsonRequest(request.scope, request.receive))
+                return await handle(strictly)
             except RequestValidationError as error:
                 raise invalid(error) from error
 
@@ -66,7 +69,10 @@ def parse(data: bytes) -> Any:
 
 def invalid(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, named by its field."""
-    first = error.errors()[0]
+    found = error.errors()
+    # Of a field with several forms, each says why it is not it: the one that the value came closest to tells most.
+    about = [one for one in found if one["loc"][:2] == found[0]["loc"][:2]]
+    first = min(about, key=lambda one: (one["type"].endswith("_type"), -len(one["loc"])))
     path = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
     # Names of union members stand in the path beside fields and positions; they mean nothing to a caller.
     shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path if _is_field(part)).lstrip(

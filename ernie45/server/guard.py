@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ernie45.server.asgi import header, request_id, send_error
 from ernie45.server.config import Limits
 from ernie45.server.errors import ApiError, api_error
+from ernie45.server.keys import PUBLIC_PATHS
 
 access_log = logging.getLogger("ernie45.access")
 _logger = logging.getLogger(__name__)
@@ -136,7 +137,8 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     caller = scope.get("state", {}).get("caller")
     tenant = caller.tenant if caller is not None else "-"
     phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
-    access_log.info(
+    access_log.log(
+        logging.DEBUG if scope["path"] in PUBLIC_PATHS else logging.INFO,
         "%s %s %d %s %.3f s tenant=%s id=%s",
         scope["method"],
         scope["path"][:200].encode("unicode_escape").decode(),
