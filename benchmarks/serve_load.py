@@ -122,9 +122,8 @@ class _Exchange(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._raw.pieces.append((time.perf_counter(), data))
-        if data == _LAST_CHUNK or data.endswith(
-            b"\r\n" + _LAST_CHUNK
-        ):  # for servers that keep the connection although they were asked to close it
+        # For servers that keep the connection although they were asked to close it.
+        if data == _LAST_CHUNK or data.endswith(b"\r\n" + _LAST_CHUNK):
             self._transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
