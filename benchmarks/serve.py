@@ -125,7 +125,7 @@ def run(options: argparse.Namespace, command: str) -> tuple[dict[str, Any], list
         "servers": session.servers,
         "missing": session.missing,
         "engine_s": engine,
-        "other_cores": [bandwidth["other_cores"]],
+        "other_cores": [bandwidth["other_cores"], *session.other_cores],
     }
     return report, session.measured
 
@@ -139,6 +139,8 @@ class _Session:
         self.missing: dict[str, str] = {}
         """Why a server, or the rest of its workloads, has no figures."""
         self.measured: list[Measured] = []
+        self.other_cores: list[float | None] = []
+        """Of every start."""
 
     def measure(self, name: str, make: Callable[[], Server]) -> None:
         """All workloads of a server; what goes wrong there is kept and the next one has its turn."""
@@ -149,9 +151,13 @@ class _Session:
             for start in range(starts):
                 _note(f"{name}: start {start + 1} of {starts}")
                 common.warm_page_cache(self._network.ours if name == OURS else self._network.folder)
+                alive: list[Running] = []
+                meter = common.CoresMeter(partial(_cpu_s, alive))
                 with started(server) as running:
+                    alive.append(running)
                     loads = self._loads(running)
                     first_token_s = loads.first_token_s()
+                    self.other_cores.append(meter.others())
                     self.servers[name] = about
                     about["ready_s"].append(running.ready_s)
                     about["first_token_s"].append(first_token_s)
@@ -357,6 +363,10 @@ def _server(name: str, network: Network, sizes: Sizes, options: argparse.Namespa
         server_name, _, more = stated.partition("=")
         server = server.with_arguments(more) if server_name == name else server
     return server
+
+
+def _cpu_s(alive: Sequence[Running]) -> float:
+    return sum((running.cpu_s() for running in alive), start=0.0)
 
 
 def _stated(place: Path | None, option: str) -> Path:

@@ -595,11 +595,15 @@ def test_the_facts_state_what_a_figure_needs(report: dict[str, Any]) -> None:
 
 
 def test_the_program_measures_a_server_that_runs(
-    fake: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fake: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    arguments = ["--quick", "--url", f"http://127.0.0.1:{fake.port}", "--cache", str(tmp_path / "cache")]
-    arguments += ["--threads", "1", "--scheme", "none", "--stream-tokens", "9", "--factors", "2"]
+    facts = {**FACTS, "vocab_size": 512}
+    network = serve.Network(name="n", weights="w", folder=tmp_path, ours=tmp_path, facts=facts)
+    monkeypatch.setattr(serve, "_prepare", lambda _: network)  # what that writes, the slow test reads
+    bandwidth = {"bytes_per_s": 1e9, "size_bytes": 1, "torch_cpu_capability": "AVX2", "other_cores": 0.0}
+    monkeypatch.setattr(serve, "_bandwidth", lambda _: bandwidth)
+    arguments = ["--quick", "--url", f"http://127.0.0.1:{fake.port}", "--factors", "2"]
     arguments += ["--json", str(tmp_path / "all.json"), "--plots", str(tmp_path / "plots")]
     assert serve.main(arguments) == 0
     text = capsys.readouterr().out
@@ -615,6 +619,28 @@ def test_the_program_measures_a_server_that_runs(
     assert {body["model"] for body in fake.seen} == {"fake"}
     lengths = {len(body["prompt"]) for body in fake.seen}
     assert {16, 64 + 8, 128} <= lengths, "of loads, of the prefix, of the late prompt"
+
+
+@pytest.mark.slow
+def test_the_program_starts_measures_and_stops_this_package(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("uvicorn")
+    arguments = ["--quick", "--cache", str(tmp_path), "--threads", "1", "--json", str(tmp_path / "all.json")]
+    for workload in ("load", "prefix", "overhead", "startup"):
+        arguments += ["--workload", workload]
+    assert serve.main([*arguments, "--llama-cpp", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "build llama.cpp with the target llama-quantize" in row_of(text, "| llama.cpp")[1]
+    assert "name its place with --vllm PYTHON" in row_of(text, "| vllm")[1]
+    written = json.loads((tmp_path / "all.json").read_text())
+    assert {answer["error"] for load in written["loads"] for answer in load["answers"]} == {None}
+    assert all(load["server_cpu_s"] > 0 for load in written["loads"] if load["workload"] == "load")
+    (start,) = written["servers"]["ernie45"]["ready_s"]
+    (first,) = written["servers"]["ernie45"]["first_token_s"]
+    assert 0 < start < first
+    hits = [load for load in written["loads"] if load["case"].get("kind") == "hit"]
+    assert {load["answers"][0]["cached_tokens"] for load in hits} == {64}
+    assert len(written["engine_s"]) == 1
+    assert written["settings"]["quick"]
 
 
 def test_a_wrong_key_is_said(fake: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
