@@ -113,9 +113,12 @@ def test_speculation_in_both_spellings(arguments: list[str], expected: object) -
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(arguments: list[str], message: str) -> None:
-    with pytest.raises((UsageError, ConfigError), match=message):
+    def settings() -> None:
         config_of(*arguments)
         launch_of(*arguments)
+
+    with pytest.raises((UsageError, ConfigError), match=message):
+        settings()
 
 
 @pytest.mark.parametrize("key", ["short", "with space in it", "umläute-im-schlüssel"])

@@ -30,7 +30,9 @@ PAGE = "/page/app.js"
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(Starlette(routes=page_routes())) as client:
+    app = Starlette(routes=page_routes())
+    app.router.redirect_slashes = False  # as the server has it
+    with TestClient(app) as client:
         yield client
 
 

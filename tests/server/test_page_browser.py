@@ -360,6 +360,16 @@ def test_thinking_opens_while_it_lasts_and_folds_with_its_count(watched: Watched
     assert "reasoning_max_tokens" not in fake.bodies[1]
 
 
+def test_a_model_that_always_thinks_has_no_switch(watched: Watched, fake: FakeServer) -> None:
+    fake.models = [{"id": "x", "max_model_len": 4096, "capabilities": ["thinking"], "thinking": "always"}]
+    page = open_page(watched.page, fake)
+    fake.scripts["q"] = [piece(reasoning_content="Hm"), piece(content="42"), piece(finish="stop"), usage(8, 3), DONE]
+    ask(page, "q")
+    expect(page.locator("article.answer")).to_contain_text("42")
+    expect(page.get_by_role("button", name="Think", exact=True)).to_have_count(0)
+    assert "enable_thinking" not in fake.bodies[0]
+
+
 def test_a_wrong_key_is_asked_for_again(watched: Watched, fake: FakeServer) -> None:
     watched.expected_errors = ["401"]
     page = watched.page

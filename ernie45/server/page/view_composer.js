@@ -58,7 +58,7 @@ export class Composer extends Component {
           onKeyDown=${this.onKeyDown}
         ></textarea>
         <div class="row">
-          ${model?.thinks && html`<${ThinkToggle} />`}
+          ${model?.thinks && model.mayNotThink && html`<${ThinkToggle} />`}
           <small class="keys">${t("keys_hint")}</small>
           <div class="space"></div>
           <${MainButton} send=${this.submit} />

@@ -73,6 +73,8 @@ class ModelCard(BaseModel):
     context_length: int
     """Tokens that the model's positions reach."""
     capabilities: list[str]
+    thinking: Literal["never", "optional", "always"]
+    """Whether requests may switch it."""
     kind: str
     weights: str
     parameters: int
