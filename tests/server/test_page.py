@@ -30,9 +30,7 @@ PAGE = "/page/app.js"
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    app = Starlette(routes=page_routes())
-    app.router.redirect_slashes = False  # as the server has it
-    with TestClient(app) as client:
+    with TestClient(_app()) as client:
         yield client
 
 
@@ -243,6 +241,12 @@ def _resolved(path: str, target: str) -> str:
     return f"{path.rsplit('/', 1)[0]}/{target[2:]}"
 
 
+def _app() -> Starlette:
+    app = Starlette(routes=page_routes())
+    app.router.redirect_slashes = False  # as the server has it
+    return app
+
+
 def _call(scope: dict[str, Any]) -> tuple[int, bytes]:
     sent: list[dict[str, Any]] = []
 
@@ -252,5 +256,5 @@ def _call(scope: dict[str, Any]) -> tuple[int, bytes]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Starlette(routes=page_routes())(scope, receive, send))
+    asyncio.run(_app()(scope, receive, send))
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
