@@ -256,11 +256,14 @@ class _Reader:
         if self._parser is None:
             return [ContentDelta(piece.text)] if piece.text else []
         parts = self._parser.push(piece.text)
-        if piece.finish_reason is not None:
-            parts = [*parts, *self._parser.finish()]
         assert self._reading is not None, "there is a parser"
         if not self._reading.parallel_calls:
             parts = self._up_to_first_call(parts)
+        if piece.finish_reason is not None and not self.done:
+            parts = [
+                *parts,
+                *self._parser.finish(),
+            ]  # which closes a call that was cut: the answer's reason stays `length`
         self.has_calls = self.has_calls or any(isinstance(part, ToolCallBegun) for part in parts)
         return parts
 

@@ -127,6 +127,25 @@ def test_forced_calls_are_valid(server: Served, choice: Any, stream: bool) -> No
     jsonschema.validate(json.loads(call["arguments"]), TOOL["function"]["parameters"])
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_call_that_was_cut_says_so(server: Served, parallel: bool) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "Weather?"}],
+        "tools": [TOOL],
+        "tool_choice": "required",
+        "parallel_tool_calls": parallel,
+        "reasoning_max_tokens": 2,
+        "max_tokens": 75,
+        "seed": 2,
+    }
+    (choice,) = server.post("/v1/chat/completions", body).json()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(call["function"]["arguments"])
+    assert choice["finish_reason"] == "length"
+    assert joined(server.events("/v1/chat/completions", body))["finish_reason"] == "length"
+
+
 def test_a_strict_schema_without_properties_gives_empty_arguments(server: Served) -> None:
     empty = {"type": "object", "properties": {}, "required": [], "additionalProperties": False}
     tool = {"type": "function", "function": {"name": "transfer_to_billing", "strict": True, "parameters": empty}}
