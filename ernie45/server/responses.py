@@ -24,6 +24,7 @@ from ernie45.server.service import Service
 from ernie45.server.stream import named
 
 router = APIRouter(route_class=JsonRoute, tags=["responses"])
+_stored = APIRouter(tags=["responses"])  # clients send no JSON there, not even an empty object
 
 Event = dict[str, Any]
 _ITEM_IDS = {"thought": "rs", "text": "msg", "call": "fc"}
@@ -60,10 +61,10 @@ async def count_input_tokens(request: Request, body: ResponsesRequest) -> Respon
     return json_answer({"object": "response.input_tokens", "input_tokens": len(plan.prompt)})
 
 
-@router.get("/responses/{response_id}", responses=ERRORS, summary="There are no stored responses")
-@router.delete("/responses/{response_id}", include_in_schema=False)
-@router.post("/responses/{response_id}/cancel", include_in_schema=False)
-@router.get("/responses/{response_id}/input_items", include_in_schema=False)
+@_stored.get("/responses/{response_id}", responses=ERRORS, summary="There are no stored responses")
+@_stored.delete("/responses/{response_id}", include_in_schema=False)
+@_stored.post("/responses/{response_id}/cancel", include_in_schema=False)
+@_stored.get("/responses/{response_id}/input_items", include_in_schema=False)
 async def stored_response(response_id: str) -> Response:
     """404: a response is gone once it is sent."""
     raise ApiError(
@@ -72,6 +73,9 @@ async def stored_response(response_id: str) -> Response:
         code="response_not_found",
         param="response_id",
     )
+
+
+router.include_router(_stored)
 
 
 class _Writer:

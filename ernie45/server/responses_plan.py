@@ -21,6 +21,7 @@ from ernie45.server.schema.responses import (
     ReasoningItem,
     ResponsesRequest,
     TextFormat,
+    ToolChoice,
 )
 from ernie45.server.service import Service
 from ernie45.server.translation import Conversation, Names, translated_plan
@@ -138,7 +139,7 @@ def _tool(tool: FunctionTool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-def _choice(choice: str | NamedFunction | AllowedTools | None) -> Any:
+def _choice(choice: ToolChoice | None) -> Any:
     match choice:
         case NamedFunction():
             return {"type": "function", "function": {"name": choice.name}}

@@ -143,6 +143,18 @@ class AllowedTools(BaseModel):
     tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=128)]
 
 
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("=word")]
+    | Annotated[NamedFunction, Tag("=function")]
+    | Annotated[AllowedTools, Tag("=allowed_tools")],
+    Discriminator(
+        lambda value: "=word" if isinstance(value, str) else tag_of(value),
+        custom_error_type="unknown_choice",
+        custom_error_message="Expected none, auto, required, or an object of type function or allowed_tools",
+    ),
+]
+
+
 class TextFormat(BaseModel):
     """What the text of the answer keeps to."""
 
@@ -151,7 +163,7 @@ class TextFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")] | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
     strict: bool | None = None
 
 
@@ -227,7 +239,7 @@ class ResponsesRequest(TranslatedFields):
     input: str | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | AllowedTools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
