@@ -46,12 +46,16 @@ class Answer:
         self._client, self.request_id = client, request_id
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self.end: End | None = None
+        self._failure: Exception | None = None
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Events up to and with the end. Raises: EngineDownError if the engine's process dies meanwhile."""
         while self.end is None:
+            if self._failure is not None:  # nothing comes behind it: who asks again must not wait
+                raise self._failure
             event = await self._events.get()
             if isinstance(event, Exception):
+                self._failure = event
                 raise event
             if isinstance(event, End):
                 self.end = event
