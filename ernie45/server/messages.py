@@ -26,7 +26,9 @@ from ernie45.server.stream import named
 
 router = APIRouter(route_class=JsonRoute, tags=["messages"])
 
-VERSION = "2023-06-01"
+VERSIONS = ("2023-06-01", "2026-10-21")
+"""They differ in what is refused, not in form. Sampling fields, which the later one has no more, are honoured under both: they
+steer the models that are served here."""
 UNSIGNED = "unsigned"
 """Clients insist on a signature of thoughts. Nothing here depends on one."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -72,13 +74,30 @@ async def count_tokens(request: Request, body: CountRequest) -> Response:
 
 def _checked(request: Request, service: Service, body: CountRequest) -> list[str]:
     """What can be said before any work; returns what is ignored. Raises: ApiError."""
-    version = request.headers.get("anthropic-version", VERSION)
-    if version != VERSION:
-        message = f"anthropic-version is {version[:40]!r}, the server speaks {VERSION}: send that"
+    version = request.headers.get("anthropic-version", VERSIONS[-1])
+    if version not in VERSIONS:
+        message = (
+            f"anthropic-version is {version[:40]!r}, the server speaks {' and '.join(VERSIONS)}: send one of these"
+        )
         raise ApiError(400, message, code="invalid_value", param="anthropic-version")
     service.check_model(body.model)
     betas = ["anthropic_beta"] if request.headers.get("anthropic-beta") else []
     return [*betas, *body.unknown_fields()]
+
+
+def called_input(arguments: str) -> dict[str, Any]:
+    """A call's input: an object, whatever the model wrote; of one that was cut, what is complete."""
+    try:
+        found = from_json(arguments or "{}", allow_partial=True)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"INVALID_JSON": arguments}  # the name that Anthropic's documents give
+
+
+def valid_json(arguments: str) -> str:
+    """The same as text that clients can add up: as the model wrote it, if that is an object, perhaps cut."""
+    found = called_input(arguments)
+    return json_bytes(found).decode() if "INVALID_JSON" in found else arguments or "{}"
 
 
 class _Writer:
@@ -159,7 +178,7 @@ class _Writer:
         if block.kind == "thought":
             last = [_change(block, {"type": "signature_delta", "signature": self._signature(block)})]
         elif block.kind == "call" and self._held_back(block):
-            last = [_delta(block, _valid_json(block.text))]
+            last = [_delta(block, valid_json(block.text))]
         return [*last, {"type": "content_block_stop", "index": block.index}]
 
     def _held_back(self, block: Block) -> bool:
@@ -176,8 +195,7 @@ class _Writer:
             case "text":
                 return {"type": "text", "text": block.text}
             case "call":
-                called = from_json(_valid_json(block.text), allow_partial=True)
-                return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": called}
+                return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": called_input(block.text)}
 
     def _signature(self, block: Block) -> str:
         return packed(block.text) if self._omits_thoughts else UNSIGNED
@@ -205,16 +223,6 @@ def _delta(block: Block, text: str) -> Event:
 
 def _change(block: Block, delta: dict[str, Any]) -> Event:
     return {"type": "content_block_delta", "index": block.index, "delta": delta}
-
-
-def _valid_json(arguments: str) -> str:
-    """Arguments, perhaps cut, as a JSON object, perhaps cut. What is none is wrapped as Anthropic's documents say."""
-    try:
-        if isinstance(from_json(arguments or "{}", allow_partial=True), dict):
-            return arguments or "{}"
-    except ValueError:
-        pass
-    return json_bytes({"INVALID_JSON": arguments}).decode()
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

@@ -33,9 +33,9 @@ _NAMES = {
     "response_format": "output_config.format",
     "reasoning_content": "a thinking block",
     "reasoning_max_tokens": "thinking.budget_tokens",
-    "parameters": "input_schema",
-    "continue_final_message: ": "",
-    "leave them or continue_final_message out": "end with a user message",
+    "leave them or continue_final_message out": "end with a user turn",
+    "leave it or continue_final_message out": "end with a user turn",
+    "continue_final_message": "the last turn",
 }
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -65,7 +65,8 @@ def messages_plan(service: Service, body: CountRequest) -> Plan:
             "top_p": body.top_p,
         }
     tools = [f"tools[{idx}]" for idx in range(len(body.tools or ()))]
-    return translated_plan(service, fields, Names(fields=_NAMES, messages=conversation.places, tools=tools))
+    names = Names(fields=_NAMES, messages=conversation.places, tools=tools, parameters="input_schema")
+    return translated_plan(service, fields, names)
 
 
 def within_context(service: Service, plan: Plan) -> Plan:

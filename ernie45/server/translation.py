@@ -18,7 +18,7 @@ from ernie45.server.errors import ApiError
 from ernie45.server.schema.chat import ChatRequest
 from ernie45.server.service import Service
 
-_LISTED = re.compile(r"\b(messages|tools)\[(\d+)\](\.function\b)?")
+_LISTED = re.compile(r"\b(messages|tools)\[(\d+)\](?:\.function\b(\.parameters\b)?)?")
 
 
 @dataclass(kw_only=True)
@@ -44,13 +44,17 @@ class Names:
     messages: Sequence[str]
     """Place of each."""
     tools: Sequence[str] = ()
+    parameters: str = "parameters"
+    """Where a tool has the schema of its arguments."""
 
     def renamed(self, text: str) -> str:
         """A message, or a path, in the client's words."""
 
         def place(found: re.Match[str]) -> str:
             places, idx = (self.messages if found[1] == "messages" else self.tools), int(found[2])
-            return places[idx] if idx < len(places) else found[0]
+            if idx >= len(places):
+                return found[0]
+            return f"{places[idx]}.{self.parameters}" if found[3] else places[idx]
 
         text = _LISTED.sub(place, text)
         for ours, theirs in self.fields.items():
