@@ -2,10 +2,10 @@
 #
 #   PYTHON   interpreter that .venv is made from (3.10 or newer)
 #   TORCH    what pip installs as torch, e.g. a wheel's path; the default is the range in pyproject.toml
-#   MODEL    model of `make run`
+#   MODEL    model of `make run` and `make serve`
 #   PROMPT   question of `make run`: answers it and exits
 #   TESTS    what `make test` and `make test-slow` run, e.g. TESTS=tests/checkpoint
-#   ARGS     passed on to benchmarks/generate.py by `make bench`
+#   ARGS     passed on to `ernie up` by `make serve`, to benchmarks/generate.py by `make bench`
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -29,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # What an editable install depends on; Python files are used in place.
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: help run test test-slow check format bench clean
+.PHONY: help run serve test test-slow check format bench clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -49,6 +49,9 @@ run: $(VENV)/.installed-run  ## answer a prompt with the default model, then cha
 	  $(BIN)/ernie chat "$$MODEL" "What is the capital of France?" </dev/null && \
 	  if [ -t 0 ]; then echo "[chat]    your turn"; exec $(BIN)/ernie chat "$$MODEL"; fi; \
 	fi
+
+serve: $(VENV)/.installed-run  ## serve the default model with its chat page: make serve [MODEL=...] [ARGS="--port 8080"]
+	@exec $(BIN)/ernie up "$$MODEL" $(ARGS)
 
 test: $(VENV)/.installed-test  ## run the default tests: no GPU, no network
 	@echo "[test]    $(TESTS)"

@@ -101,7 +101,7 @@ def run_fresh(function: str, *, threads: int, **arguments: Any) -> Fresh:
         job, answer = Path(folder, "job.json"), Path(folder, "answer.json")
         job.write_text(json.dumps({"function": function, "threads": threads, "arguments": arguments}))
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        start, busy, own = time.monotonic(), _busy_s(), _own_cpu_s()
+        meter = CoresMeter()
         try:
             process = subprocess.run(
                 [sys.executable, "-m", "benchmarks.common", str(job), str(answer)],
@@ -113,15 +113,32 @@ def run_fresh(function: str, *, threads: int, **arguments: Any) -> Fresh:
             )
         except subprocess.TimeoutExpired as error:
             raise Ernie45Error(f"{function} took more than {_CHILD_LIMIT_S} s: leave this case out") from error
-        wall, busy_after = time.monotonic() - start, _busy_s()
-        own_s = _own_cpu_s() - own
+        others = meter.others()
         if process.returncode == -_SIGKILL:
             raise CapacityError(f"{function} was killed: most likely it needs more memory than this machine has")
         if process.returncode:
             tail = "\n".join(process.stderr.splitlines()[-_STDERR_LINES:])
             raise Ernie45Error(f"{function} ended with exit code {process.returncode}:\n{tail}")
-        others = None if busy is None or busy_after is None else max(0.0, (busy_after - busy - own_s) / wall)
         return Fresh(result=json.loads(answer.read_text()), other_cores=others)
+
+
+class CoresMeter:
+    """Cores that others than this process and its children keep busy, from the moment when the meter is made."""
+
+    def __init__(self, living_children_s: Callable[[], float] = lambda: 0.0) -> None:
+        """Args: living_children_s: CPU seconds of children that still run; those that have ended are known."""
+        self._living_children_s = living_children_s
+        self._start, self._busy, self._own = time.monotonic(), _busy_s(), self._own_s()
+
+    def others(self) -> float | None:
+        """Stolen time of a virtual machine included; None where the system does not tell."""
+        wall, busy = time.monotonic() - self._start, _busy_s()
+        if self._busy is None or busy is None:
+            return None
+        return max(0.0, (busy - self._busy - (self._own_s() - self._own)) / wall)
+
+    def _own_s(self) -> float:
+        return _own_cpu_s() + self._living_children_s()
 
 
 class PeakMemory:
@@ -267,6 +284,53 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, num_
 
     rule = ["-" * (w - 1) + (":" if n else "-") for w, n in zip(widths, numeric, strict=True)]
     return "\n".join([line(header), line(rule), *(line(row) for row in rows)])
+
+
+def number(value: float) -> str:
+    """Three significant digits, and all digits before the point."""
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{decimals}f}"
+
+
+def spread_text(s: Spread) -> str:
+    """Median, and in brackets the smallest and the largest value."""
+    return f"{number(s.median)} ({number(s.low)}-{number(s.high)})"
+
+
+def size_text(size_bytes: int | None) -> str:
+    """A size in MiB or GiB."""
+    if size_bytes is None:
+        return "unknown"
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+
+
+def origin_lines(report: Mapping[str, Any]) -> list[str]:
+    """Machine, versions, commit and command of a report, as every report states them."""
+    machine = report["machine"]
+    cache, memory = machine["last_level_cache_bytes"], machine["memory_bytes"]
+    return [
+        f"machine: {machine['cpu']}, {machine['cores']} cores, last-level cache {size_text(cache)}, memory"
+        f" {size_text(memory)}, {machine['system']}",
+        f"CPU features: {' '.join(machine['features']) or 'unknown'}; without:"
+        f" {' '.join(machine['features_absent']) or 'none of note'};"
+        f" torch uses {report['bandwidth']['torch_cpu_capability']}",
+        "versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        f"native extension: {report['native_extension']}",
+        f"commit {report['commit']}, {report['date']}",
+        f"command: `{report['command']}`",
+    ]
+
+
+def noise_line(other_cores_max: float | None) -> str:
+    """Whether others disturbed the figures."""
+    if other_cores_max is None:
+        return "what other processes did meanwhile is unknown on this system"
+    if other_cores_max > QUIET_CORES:
+        return (
+            f"**not to be published**: other processes used up to {other_cores_max:.2f} cores (limit {QUIET_CORES}): repeat"
+            " it on a quiet machine"
+        )
+    return f"other processes used at most {other_cores_max:.2f} cores"
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

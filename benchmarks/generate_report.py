@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.common import QUIET_CORES, Spread, markdown_table, spread
+from benchmarks.common import Spread, markdown_table, noise_line, number, origin_lines, spread, spread_text
 
 PEER = "transformers"
 BATCH = 8
@@ -155,24 +155,13 @@ def _draw_panel(axes: Any, panel: Sequence[Row]) -> None:
 def _cells(row: Row) -> list[str]:
     bound = share = "-"
     if row.bound is not None and row.ours_share is not None and row.peer_share is not None:
-        bound, share = _number(row.bound), f"{row.ours_share:.0%} ({row.peer_share:.0%})"
-    values = [_spread(row.ours), _spread(row.peer), f"{row.ratio:.2f}", bound, share]
+        bound, share = number(row.bound), f"{row.ours_share:.0%} ({row.peer_share:.0%})"
+    values = [spread_text(row.ours), spread_text(row.peer), f"{row.ratio:.2f}", bound, share]
     return [row.case, row.weights, row.metric, row.unit, *values]
 
 
-def _spread(s: Spread) -> str:
-    return f"{_number(s.median)} ({_number(s.low)}-{_number(s.high)})"
-
-
-def _number(value: float) -> str:
-    """Three significant digits, and all digits before the point."""
-    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
-    return f"{value:.{decimals}f}"
-
-
 def _facts(report: Mapping[str, Any]) -> list[str]:
-    machine, settings, bandwidth = report["machine"], report["settings"], report["bandwidth"]
-    cache, memory = machine["last_level_cache_bytes"], machine["memory_bytes"]
+    settings, bandwidth = report["settings"], report["bandwidth"]
     facts = [
         f"median (smallest-largest) of {settings['repeats']} fresh processes per package, in turns; ratio above 1:"
         f" ernie45 is ahead; bound: bytes of all weights that a token reads over {bandwidth['bytes_per_s'] / 1e9:.1f}"
@@ -180,15 +169,7 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f"prompt {settings['prompt_tokens']} tokens, {settings['decode_steps']} decode steps, greedy, end tokens"
         f" ignored; {settings['threads']} threads, OMP_WAIT_POLICY={settings['omp_wait_policy']}; peak memory by"
         f" {settings['memory_method']}",
-        f"machine: {machine['cpu']}, {machine['cores']} cores, last-level cache {_size(cache)}, memory {_size(memory)},"
-        f" {machine['system']}",
-        f"CPU features: {' '.join(machine['features']) or 'unknown'}; without:"
-        f" {' '.join(machine['features_absent']) or 'none of note'};"
-        f" torch uses {bandwidth['torch_cpu_capability']}",
-        "versions: " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-        f"native extension: {report['native_extension']}",
-        f"commit {report['commit']}, {report['date']}",
-        f"command: `{report['command']}`",
+        *origin_lines(report),
         "same greedy tokens as the peer before the first difference: "
         + ", ".join(f"{case} {same['equal']} of {same['of']}" for case, same in report["same_tokens"].items()),
     ]
@@ -196,17 +177,7 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
-    warnings = []
-    noise, cache = report["other_cores_max"], report["machine"]["last_level_cache_bytes"]
-    if noise is None:
-        warnings.append("what other processes did meanwhile is unknown on this system")
-    elif noise > QUIET_CORES:
-        warnings.append(
-            f"**not to be published**: other processes used up to {noise:.2f} cores (limit {QUIET_CORES}): repeat it on"
-            " a quiet machine"
-        )
-    else:
-        warnings.append(f"other processes used at most {noise:.2f} cores")
+    warnings, cache = [noise_line(report["other_cores_max"])], report["machine"]["last_level_cache_bytes"]
     if report["settings"]["quick"]:
         warnings.append("**not to be published**: --quick measures tiny networks, to test this program")
     cached = [case for case, size in report["weight_bytes"].items() if cache is not None and size < cache]
@@ -215,9 +186,3 @@ def _warnings(report: Mapping[str, Any]) -> list[str]:
             f"the weights of {', '.join(cached)} fit into the last-level cache: the memory bound may be beaten there"
         )
     return warnings
-
-
-def _size(size_bytes: int | None) -> str:
-    if size_bytes is None:
-        return "unknown"
-    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from ernie45.config.model import ModelConfig
 from ernie45.errors import NotFoundError, UsageError
 
 _DECODE_TOKENS = 48
+_KEEPS_UP = 0.9
+"""Share of the best that keeps a setting of llama.cpp in the race for longer rows."""
+_LONG = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,46 +96,77 @@ def _figure(what: str, context: int, batch: int, rates: Sequence[float]) -> Figu
 def _llama_tools(
     tools: Path, file: Path, contexts: Sequence[int], batches: Sequence[int], prompts: Sequence[int]
 ) -> list[Figure]:
-    """The best of four settings for every row, as llama.cpp's own tools report them."""
-    threads = str(torch.get_num_threads())
-    figures: dict[tuple[str, int, int], Figure] = {}
+    """The best of four settings for every row, as llama.cpp's own tools report them.
 
-    def consider(figure: Figure) -> None:
-        key = figure.what, figure.context, figure.batch
-        if key not in figures or figure.tokens_per_s > figures[key].tokens_per_s:
-            figures[key] = figure
+    Rows go from short to long, and a setting that is clearly behind is not tried on longer ones: filling a context of 16384 takes a
+    21B model a quarter of an hour. From `_LONG` tokens on one repeat has to do.
+    """
+    common = ["-m", str(file), "-t", str(torch.get_num_threads())]
+    figures = _race(
+        [(context, 1) for context in sorted(contexts)],
+        lambda setting, context, _: _bench(
+            tools, [*common, *setting.bench, "-p", "0", "-n", str(_DECODE_TOKENS), "-d", str(context)], context
+        ),
+        "decode",
+    )
+    figures += _race(
+        [(prompt, 1) for prompt in sorted(prompts)],
+        lambda setting, prompt, _: _bench(tools, [*common, *setting.bench, "-n", "0", "-p", str(prompt)], prompt),
+        "prefill",
+    )
+    figures += _race(
+        [(0, batch) for batch in sorted(batches) if batch > 1],
+        lambda setting, _, batch: _batched(tools, [*common, *setting.batched], batch),
+        "decode",
+    )
+    return figures
 
-    for repack, flash in itertools.product("10", "10"):
-        common = ["-m", str(file), "-t", threads, "-fa", flash, "--repack", repack, "-o", "json", "-r", "3"]
-        for context in contexts:
-            arguments = ["-p", "0", "-n", str(_DECODE_TOKENS), "-d", str(context)]
-            for result in json.loads(_run(tools / "llama-bench", *common, *arguments)):
-                consider(_figure("decode", context, 1, result["samples_ts"]))
-        if prompts:
-            arguments = ["-n", "0", "-p", ",".join(map(str, prompts))]
-            for result in json.loads(_run(tools / "llama-bench", *common, *arguments)):
-                consider(_figure("prefill", result["n_prompt"], 1, result["samples_ts"]))
-    several = [batch for batch in batches if batch > 1]
-    for repack, flash in itertools.product(("--repack", "--no-repack"), ("on", "off")) if several else ():
-        text = _run(
-            tools / "llama-batched-bench",
-            *("-m", str(file), "-t", threads, "-c", str(max(several) * 2 * _DECODE_TOKENS), "-fa", flash, repack),
-            *(
-                "-npp",
-                "16",
-                "-ntg",
-                str(_DECODE_TOKENS),
-                "-npl",
-                ",".join(map(str, several)),
-                "--output-format",
-                "jsonl",
-            ),
-        )
-        for line in text.splitlines():
-            if line.startswith("{"):
-                result = json.loads(line)
-                consider(_figure("decode", 0, result["pl"], [result["speed_tg"]]))
-    return list(figures.values())
+
+@dataclass(frozen=True)
+class _Setting:
+    """With or without repacked weights and flash attention, in the words of both tools."""
+
+    repack: bool
+    flash: bool
+
+    @property
+    def bench(self) -> list[str]:
+        return ["-fa", str(int(self.flash)), "--repack", str(int(self.repack))]
+
+    @property
+    def batched(self) -> list[str]:
+        return ["-fa", "on" if self.flash else "off", "--repack" if self.repack else "--no-repack"]
+
+
+def _race(
+    rows: Sequence[tuple[int, int]], rates_of: Callable[[_Setting, int, int], list[float]], what: str
+) -> list[Figure]:
+    """For each row (context or prompt, batch) the best setting of those that kept up so far."""
+    running = [_Setting(repack, flash) for repack, flash in itertools.product((True, False), repeat=2)]
+    figures = []
+    for context, batch in rows:
+        rates = {setting: rates_of(setting, context, batch) for setting in running}
+        best = max(rates, key=lambda setting: statistics.median(rates[setting]))
+        level = _KEEPS_UP * statistics.median(rates[best])
+        running = [setting for setting in running if statistics.median(rates[setting]) >= level]
+        figures.append(_figure(what, context, batch, rates[best]))
+    return figures
+
+
+def _bench(tools: Path, arguments: list[str], length: int) -> list[float]:
+    repeats = "1" if length >= _LONG else "3"
+    (result,) = json.loads(_run(tools / "llama-bench", *arguments, "-o", "json", "-r", repeats))
+    rates: list[float] = result["samples_ts"]
+    return rates
+
+
+def _batched(tools: Path, arguments: list[str], batch: int) -> list[float]:
+    text = _run(
+        tools / "llama-batched-bench",
+        *(*arguments, "-c", str(batch * 2 * _DECODE_TOKENS), "-npp", "16", "-ntg", str(_DECODE_TOKENS)),
+        *("-npl", str(batch), "--output-format", "jsonl"),
+    )
+    return [json.loads(line)["speed_tg"] for line in text.splitlines() if line.startswith("{")]
 
 
 def _run(program: Path, *arguments: str) -> str:

@@ -31,8 +31,8 @@ class EngineConfig:
     half computed again, with 16 an eighth. Attention over pages of 16 takes 5 to 10 % longer than over 64 (16 heads, 4096 tokens)."""
     max_step_tokens: int = 512
     """Prompt tokens of a step while nothing decodes."""
-    max_step_tokens_beside_decodes: int = 32
-    """Prompt tokens and guesses of a step in which sequences decode: what a long prompt may slow them down."""
+    max_step_tokens_beside_decodes: int | None = None
+    """Prompt tokens and guesses of a step in which sequences decode; None = as many as make it less than twice as long."""
     prefix_cache: bool = True
     """Keep the pages of ended sequences and share them with prompts that begin alike."""
     speculation: NgramSpeculation | MtpSpeculation | None = None
@@ -48,7 +48,7 @@ class EngineConfig:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if value is None and name in ("max_model_len", "kv_cache_memory"):
+            if value is None and name in ("max_model_len", "kv_cache_memory", "max_step_tokens_beside_decodes"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= (high or math.inf):
                 bounds = f"from {low} to {high}" if high is not None else f"from {low} on"

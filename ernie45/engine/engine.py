@@ -23,7 +23,9 @@ from torch import Tensor
 from ernie45.engine.config import EngineConfig, num_pages, resolve
 from ernie45.engine.drafts import MtpSpeculation, NgramDrafter, NgramSpeculation
 from ernie45.engine.generation import Generation
+from ernie45.engine.meanwhile import meanwhile
 from ernie45.engine.memory import available_bytes
+from ernie45.engine.pace import Pace
 from ernie45.engine.pages import PagePool
 from ernie45.engine.pieces import Piece, TokenLogprob, join
 from ernie45.engine.prompts import check_ids, room_for_answer
@@ -103,11 +105,12 @@ class Engine:
             kv_dtype=self.config.kv_dtype,
             guesses=guesses,
         )
+        self._pace = Pace(self.config.max_step_tokens, fixed=self.config.max_step_tokens_beside_decodes)
         self._scheduler = Scheduler(
             PagePool(count, self.config.page_size, remembers=self.config.prefix_cache),
             max_num_seqs=self.config.max_num_seqs,
             max_step_tokens=self.config.max_step_tokens,
-            max_step_tokens_beside_decodes=self.config.max_step_tokens_beside_decodes,
+            max_step_tokens_beside_decodes=self._pace.room(1),
         )
         self._tokenizer, self._vocab_size, self._clock = tokenizer, model.config.vocab_size, clock
         self._entries: dict[str, _Entry] = {}
@@ -161,7 +164,11 @@ class Engine:
         self._expire()
         work = () if self.paused else self._plan()
         if work:
+            num_decodes = sum(one.job.decoding for one in work)
+            num_tokens = sum(one.num_tokens for one in work)
+            start = time.perf_counter()
             self._run(work)
+            self._pace.observe(num_decodes, num_tokens - num_decodes, time.perf_counter() - start)
             self._steps += 1
         events, self._events = self._events, []
         return events
@@ -217,12 +224,15 @@ class Engine:
             choice = self._choices[job]
             if job.decoding and choice.drafter is not None:
                 job.drafts = choice.drafter.propose(job.tokens)[: choice.most_drafts]
+        num_decodes = sum(job.decoding for job in self._scheduler.running)
+        self._scheduler.max_step_tokens_beside_decodes = self._pace.room(num_decodes)
         return self._scheduler.plan()
 
     def _run(self, work: Sequence[Work]) -> None:
         try:
-            hidden_TH = self._runner.hidden(work)
-            logits = self._runner.logits_to_sample(hidden_TH, work)
+            with meanwhile(self._preparations(work)):
+                hidden_TH = self._runner.hidden(work)
+                logits = self._runner.logits_to_sample(hidden_TH, work)
         except _STEP_ERRORS as error:
             self._fail(work, error)
             return
@@ -246,6 +256,11 @@ class Engine:
             going_on.append((one, start))
         if isinstance(self.config.speculation, MtpSpeculation):
             self._guess(hidden_TH, [(one, row) for one, row in going_on if one.job in self._choices])
+
+    def _preparations(self, work: Sequence[Work]) -> list[Callable[[], None]]:
+        """What can be done for the choices that this step samples, before their logits are there."""
+        found = (self._choices[one.job].generation.preparation for one in work if one.samples)
+        return [prepare for prepare in found if prepare is not None]
 
     def _guess(self, hidden_TH: Tensor, work: Sequence[tuple[Work, int]]) -> None:
         """Let the prediction block follow the step and guess."""

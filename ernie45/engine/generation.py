@@ -6,14 +6,15 @@ The reference generator and the engine both go through here, so they cannot samp
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from ernie45.engine.loops import LoopDetector
 from ernie45.engine.params import SamplingParams
 from ernie45.engine.pieces import FinishDetail, FinishReason, Piece, TokenLogprob
-from ernie45.engine.sampling import LogitsMask, sample, token_logprob
+from ernie45.engine.sampling import LogitsMask, PreparedMask, sample, token_logprob
 from ernie45.engine.stops import StopChecker
 from ernie45.engine.thinking import Thought, ThoughtMarkers
 from ernie45.errors import RequestError
@@ -48,6 +49,10 @@ class Generation:
         self._seed = secrets.randbits(62) + choice if params.seed is None else params.seed + choice
         self._vocab_size = tokenizer.vocab_size
         self._mask = mask
+        self.preparation: Callable[[], None] | None = None
+        """Makes the next `step` quicker; may be called on another thread, while none of the other methods is."""
+        if isinstance(mask, PreparedMask):
+            self.preparation = partial(mask.prepare, self.output)
         kept = tokenizer.answer_tag_ids if params.special_tokens == "answer_tags" else frozenset()
         self._detokenizer = Detokenizer(tokenizer, params.special_tokens != "keep", keep=kept)
         self._stops = StopChecker(params.stop, included=params.include_stop_str_in_output)

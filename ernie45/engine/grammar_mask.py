@@ -23,16 +23,24 @@ class GrammarMask:
         self._matcher = matcher
         self._bits = np.zeros((matcher.num_ids + 31) // 32, dtype=np.int32)
         self._followed: list[int] = []
+        self._allowed: Tensor | None = None
+        """The answer for what has been followed, once it is known."""
 
     def allowed(self, output: Sequence[int]) -> Tensor:
-        """Ids that continue a satisfying answer, bool (tokenizer's vocabulary,).
+        """Ids that continue a satisfying answer, bool (tokenizer's vocabulary,); not to be written to.
 
         Raises: RequestError if the grammar turns out too complex, or the vocabulary cannot spell what it wants.
         """
         self._follow(output)
-        self._matcher.mask(self._bits)
-        bits = np.unpackbits(self._bits.view(np.uint8), count=self._matcher.num_ids, bitorder="little")
-        return torch.from_numpy(bits.view(np.bool_))
+        if self._allowed is None:
+            self._matcher.mask(self._bits)
+            bits = np.unpackbits(self._bits.view(np.uint8), count=self._matcher.num_ids, bitorder="little")
+            self._allowed = torch.from_numpy(bits.view(np.bool_))
+        return self._allowed
+
+    def prepare(self, output: Sequence[int]) -> None:
+        """Find out ahead of time what `allowed` will say."""
+        self.allowed(output)
 
     def finished(self, output: Sequence[int]) -> bool:
         """Whether the answer is whole and nothing may follow. Raises: RequestError as `allowed` does."""
@@ -44,9 +52,11 @@ class GrammarMask:
         if list(output[:shared]) != self._followed:
             pairs = enumerate(zip(output, self._followed, strict=False))
             shared = next((at for at, (a, b) in pairs if a != b), min(len(output), shared))
+            self._allowed = None
             self._matcher.rollback(len(self._followed) - shared)
             del self._followed[shared:]
         for token in output[shared:]:
+            self._allowed = None
             accepted = self._matcher.accept(token)
             assert accepted, f"token {token} is in the output, but the mask did not allow it"
             self._followed.append(token)
@@ -69,7 +79,7 @@ def grammar_masks(
     if begun is None:
         start = tokenizer.answer_start(prompt)
         return lambda: GrammarMask(grammars.matcher(constraint, start))
-    if constraint.kind == "tool_calls":
+    if constraint.kind == "tool_calls" and not constraint.leaves_text_free:
         raise RequestError(
             "tool_choice forces a call, which cannot go on with a text: leave continue_final_message out"
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import secrets
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -48,7 +48,7 @@ class PagePool:
         self._secret = secrets.token_bytes(_KEY_BYTES)
         self._remembers = remembers
         self._free = list(range(num_pages - 1, -1, -1))
-        self._users = [0] * num_pages
+        self._users: dict[int, int] = {}  # how many sequences hold a page, for pages in use
         self._key_of: dict[int, bytes] = {}
         self._page_of: dict[bytes, int] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # cached pages, longest unused first
@@ -93,13 +93,13 @@ class PagePool:
     def share(self, pages: Iterable[int]) -> None:
         """One more user for each of these pages, which are in use or cached."""
         for page in pages:
-            assert self._users[page] or page in self._unused, f"page {page} is free and cannot be shared"
-            self._users[page] += 1
+            assert page in self._users or page in self._unused, f"page {page} is free and cannot be shared"
+            self._users[page] = self._users.get(page, 0) + 1
             self._unused.pop(page, None)
 
     def publish(self, page: int, key: bytes) -> None:
         """Let others find a full page in use by its key; of several pages of equal content the first one is known."""
-        assert self._users[page], f"page {page} is published without a user"
+        assert page in self._users, f"page {page} is published without a user"
         if self._remembers and page not in self._key_of and key not in self._page_of:
             self._key_of[page] = key
             self._page_of[key] = page
@@ -107,10 +107,11 @@ class PagePool:
     def give_back(self, pages: Sequence[int]) -> None:
         """One user less for the pages of a sequence. The last ones are the first to be forgotten: nothing hangs on them."""
         for page in reversed(pages):
-            assert self._users[page], f"page {page} is given back and has no user"
+            assert page in self._users, f"page {page} is given back and has no user"
             self._users[page] -= 1
             if self._users[page]:
                 continue
+            del self._users[page]
             if page in self._key_of:
                 self._unused[page] = None
             else:
@@ -132,18 +133,13 @@ class PagePool:
 
     def books(self) -> Books:
         """Where the pages are."""
-        in_use = sum(users > 0 for users in self._users)
-        return Books(free=len(self._free), cached=len(self._unused), in_use=in_use, total=self.num_pages)
+        return Books(free=len(self._free), cached=len(self._unused), in_use=len(self._users), total=self.num_pages)
 
     def check(self, held: Iterable[Sequence[int]] = ()) -> Books:
         """Prove the books. Args: held: the pages of every sequence. Raises: AssertionError. Returns: the books."""
-        users = [0] * self.num_pages
-        for pages in held:
-            for page in pages:
-                users[page] += 1
+        users = Counter(page for pages in held for page in pages)
         assert users == self._users, "users of pages differ from what sequences hold"
-        free, unused = set(self._free), set(self._unused)
-        in_use = {page for page, count in enumerate(self._users) if count}
+        free, unused, in_use = set(self._free), set(self._unused), set(self._users)
         assert len(free) == len(self._free), "a page is free twice"
         assert free.isdisjoint(unused | in_use), "a free page is somewhere else, too"
         assert unused.isdisjoint(in_use), "a cached page has a user"

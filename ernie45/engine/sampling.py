@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -45,6 +45,19 @@ class LogitsMask(Protocol):
 
     def finished(self, output: Sequence[int]) -> bool:
         """Whether the output is whole, so that it ends here without an end token. The answer depends on `output` alone."""
+        ...
+
+
+@runtime_checkable
+class PreparedMask(LogitsMask, Protocol):
+    """A mask that can work ahead, while the network runs."""
+
+    def prepare(self, output: Sequence[int]) -> None:
+        """Do what `allowed(output)` will need, so that it is quick if it is asked for the same output next.
+
+        Called on another thread, with nothing else called at the same time. It changes no answer: what it raises is dropped,
+        and `allowed` raises it again.
+        """
         ...
 
 

@@ -88,11 +88,12 @@ class Scheduler:
         self, pool: PagePool, *, max_num_seqs: int, max_step_tokens: int, max_step_tokens_beside_decodes: int
     ) -> None:
         """Args: max_num_seqs: sequences that run at a time. max_step_tokens: prompt tokens of a step in which nothing decodes.
-        max_step_tokens_beside_decodes: prompt tokens and guesses of a step in which something does.
+        max_step_tokens_beside_decodes: prompt tokens and guesses of a step in which something does; may be set anew at any time.
         """
         self.pool = pool
         self._max_num_seqs = max_num_seqs
-        self._room_alone, self._room_beside = max_step_tokens, max_step_tokens_beside_decodes
+        self._room_alone = max_step_tokens
+        self.max_step_tokens_beside_decodes = max_step_tokens_beside_decodes
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.num_preemptions = 0
@@ -128,7 +129,7 @@ class Scheduler:
         for job in sorted((job for job in self.running if job.decoding), key=_rank):
             if job.pages and self._make_room(job, work):
                 work[job] = Work(job=job, start=job.computed, count=1)
-        room = self._room_beside if work else self._room_alone
+        room = self.max_step_tokens_beside_decodes if work else self._room_alone
         # Whoever was just interrupted must not come back at once, at the cost of the one who needed the pages.
         room -= self._add_prompts(work, room, may_admit=self.num_preemptions == num_preemptions)
         self._add_drafts(work, room)

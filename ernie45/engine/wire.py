@@ -43,7 +43,7 @@ class Launch(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     kv_dtype: str | None = None
     page_size: int = EngineConfig.page_size
     max_step_tokens: int = EngineConfig.max_step_tokens
-    max_step_tokens_beside_decodes: int = EngineConfig.max_step_tokens_beside_decodes
+    max_step_tokens_beside_decodes: int | None = EngineConfig.max_step_tokens_beside_decodes
     prefix_cache: bool = True
     speculation: Speculation = "none"
     num_speculative_tokens: int | None = None
@@ -71,6 +71,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True, kw_only=True):
     prompt: list[int]
     params: SamplingParams
     constraint: Constraint | None = None
+    begun: str | None = None
+    """Text that the prompt ends with and the answer continues, as part of what is constrained."""
     priority: int = 0
     tenant: str = ""
     cache_salt: str | None = None

@@ -185,7 +185,8 @@ class Worker:
             assert submit.constraint is not None, "asked for with one"
             if self._grammars is None:
                 self._grammars = Grammars(self._tokenizer)
-            self._grammars.matcher(submit.constraint, self._tokenizer.answer_start(submit.prompt))
+            start = self._tokenizer.answer_start(submit.prompt) if submit.begun is None else "text"
+            self._grammars.matcher(submit.constraint, start)
         except Exception as raised:  # whatever the library raises: it is told to the one who asked
             error = raised
         self._channel.inbox.put(Compiled(submit, error))
@@ -205,7 +206,9 @@ class Worker:
             new_mask = None
             if submit.constraint is not None:
                 assert self._grammars is not None, "made by the compiler"
-                new_mask = grammar_masks(self._grammars, self._tokenizer, submit.constraint, submit.prompt)
+                new_mask = grammar_masks(
+                    self._grammars, self._tokenizer, submit.constraint, submit.prompt, begun=submit.begun
+                )
             self._engine.add(
                 Request(
                     id=submit.id,

@@ -291,7 +291,11 @@ class AnswerParser:
     def _call_end(self) -> bool:
         """The closing tag; a call without one is complete all the same."""
         assert self._call_tags is not None, "calls are looked for"
-        if self._ahead(self._call_tags[1]) is None:
+        closing = self._call_tags[1]
+        if self._final and closing.startswith(self._buffer.lstrip()):
+            self._buffer = ""  # the answer was cut inside the tag
+            return False
+        if self._ahead(closing) is None:
             return False
         self._step = self._between
         return True

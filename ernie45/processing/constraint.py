@@ -80,26 +80,49 @@ class Constraint:
 
     @classmethod
     def tool_calls(
-        cls, tools: Sequence[Mapping[str, Any]], name: str | None = None, *, parallel: bool = True
+        cls,
+        tools: Sequence[Mapping[str, Any]],
+        name: str | None = None,
+        *,
+        parallel: bool = True,
+        required: bool = True,
     ) -> "Constraint":
-        """Calls of the given tools and nothing else.
+        """Calls of the given tools and nothing else, or, if they are not `required`, text and calls.
+
+        Where calls are not required, arguments keep to the schemas of those tools that are `strict`; those of others are any
+        object.
 
         Args: tools: as in the request. name: the only one to call. parallel: whether there may be several calls.
         Raises: RequestError for an unknown name, or parameters that cannot be enforced.
         """
-        checked = check_tools(tools)
-        if not checked or len(checked) > MAX_TOOLS:
-            raise RequestError(f"tools has {len(checked)} entries, a forced call needs 1 to {MAX_TOOLS}")
-        names = [tool["function"]["name"] for tool in checked]
-        if name is not None and name not in names:
-            raise RequestError(f"tool_choice names {name!r}, which is not among the tools: {', '.join(names)}")
-        functions = {
-            tool["function"]["name"]: _parameters(tool["function"], f"tools[{idx}].function.parameters")
-            for idx, tool in enumerate(checked)
-            if name in (None, tool["function"]["name"])
+        asked = {
+            "functions": _functions(tools, name, all_strict=required),
+            "parallel": parallel,
+            "required": required,
         }
-        asked = {"functions": functions, "parallel": parallel}
         return cls("tool_calls", json.dumps(asked, ensure_ascii=False), "tools")
+
+    @classmethod
+    def calls_or(
+        cls, tools: Sequence[Mapping[str, Any]], otherwise: "Constraint", *, parallel: bool = True
+    ) -> "Constraint":
+        """Either calls of the given tools, or an answer that satisfies another constraint: agents with tools and a typed result.
+
+        Arguments are held to schemas as `tool_calls` does where calls are not required.
+        """
+        assert otherwise.kind != "tool_calls", "an answer, not calls"
+        asked = {
+            "functions": _functions(tools, None, all_strict=False),
+            "parallel": parallel,
+            "required": True,
+            "otherwise": [otherwise.kind, otherwise.source],
+        }
+        return cls("tool_calls", json.dumps(asked, ensure_ascii=False), otherwise.where)
+
+    @property
+    def leaves_text_free(self) -> bool:
+        """Whether the answer may be any text, and only calls in it are constrained."""
+        return self.kind == "tool_calls" and not json.loads(self.source)["required"]
 
 
 def asked_constraint(request: Mapping[str, Any]) -> Constraint | None:
@@ -152,6 +175,23 @@ def _check_gbnf(text: str, where: str) -> None:
 def _check_rules(num_rules: int, where: str) -> None:
     if num_rules > MAX_GRAMMAR_RULES:
         raise RequestError(f"{where} has {num_rules} rules, the limit is {MAX_GRAMMAR_RULES}")
+
+
+def _functions(tools: Sequence[Mapping[str, Any]], name: str | None, *, all_strict: bool) -> dict[str, Any]:
+    """The schemas of arguments by function; those of tools that need not be kept to are any object."""
+    checked = check_tools(tools)
+    if not checked or len(checked) > MAX_TOOLS:
+        raise RequestError(f"tools has {len(checked)} entries, a forced call needs 1 to {MAX_TOOLS}")
+    names = [tool["function"]["name"] for tool in checked]
+    if name is not None and name not in names:
+        raise RequestError(f"tool_choice names {name!r}, which is not among the tools: {', '.join(names)}")
+    return {
+        tool["function"]["name"]: _parameters(tool["function"], f"tools[{idx}].function.parameters")
+        if all_strict or tool["function"].get("strict")
+        else {"type": "object"}
+        for idx, tool in enumerate(checked)
+        if name in (None, tool["function"]["name"])
+    }
 
 
 def _response_format(asked: object) -> Constraint | None:

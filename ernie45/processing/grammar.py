@@ -194,9 +194,20 @@ def grammar_source(constraint: Constraint, start: Start, answer_format: AnswerFo
     side: list[dict[str, str]] = []
     if constraint.kind == "tool_calls":
         if answer_format.tool_call is None:
-            raise RequestError("tool_choice forces a call, but the model's chat format has no tool calls")
-        rules += _call_rules(json.loads(constraint.source), answer_format, names)
+            raise RequestError(
+                "tool_choice or a strict tool constrains calls, but the model's chat format has no tool calls"
+            )
+        asked = json.loads(constraint.source)
+        rules += _call_rules(asked, answer_format, names)
         answer = "calls"
+        if constraint.leaves_text_free:
+            answer, free = _text_and_calls(asked, answer_format, names)
+            rules += free
+        elif "otherwise" in asked:
+            kind, source = asked["otherwise"]
+            body, side = _body(Constraint(kind, source, constraint.where))
+            rules.append(f"body: {body}")
+            answer = f"(calls | {_response(start, answer_format, names)})"
     else:
         body, side = _body(constraint)
         rules.append(f"body: {body}")
@@ -287,12 +298,33 @@ def _call_rules(asked: dict[str, Any], answer_format: AnswerFormat, names: _TagN
     functions = asked["functions"]
     rules = [
         f"calls: NL? call{' (NL call)*' if asked['parallel'] else ''} NL?",
-        f'call: {opening} "\\n" ({" | ".join(f"call_{i}" for i in range(len(functions)))}) "\\n" {closing}',
+        f"call: {opening} called",
+        f'called: "\\n" ({" | ".join(f"call_{i}" for i in range(len(functions)))}) "\\n" {closing}',
     ]
     for i, (name, schema) in enumerate(functions.items()):
         head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
         rules += [f'call_{i}: {_literal(head)} arguments_{i} "}}"', f"arguments_{i}: {_json_rule(schema)}"]
     return rules
+
+
+def _text_and_calls(asked: dict[str, Any], answer_format: AnswerFormat, names: _TagNames) -> tuple[str, list[str]]:
+    """Free text in which the tag that opens a call is followed by a call. The right side of a rule, and further rules.
+
+    The parser reads text, so the tag opens a call also where it is spelled out: free text never holds it.
+    """
+    assert answer_format.tool_call is not None, "checked by the caller"
+    tag = answer_format.tool_call[0]
+    spelled = re.escape(tag).replace("/", "\\/")
+    rules = [f"FREE: /(.|\\n)+/ & ~/(.|\\n)*{spelled}(.|\\n)*/"]
+    # Tags of the response are part of the text; special tokens have to be named, since no expression matches them.
+    others = [names(other) for other in answer_format.response or () if names.is_special(other)]
+    text = f"(FREE? ({' | '.join(others)}))* " if others else ""
+    if names.is_special(tag):
+        until = f"FREE? {names(tag)}"
+    else:
+        until = "until_call"
+        rules.append(f"until_call[lazy]: /(.|\\n)*{spelled}/")
+    return f"({text}{until} called){'*' if asked['parallel'] else '?'} {text}FREE?", rules
 
 
 def _json_rule(schema: dict[str, Any]) -> str:

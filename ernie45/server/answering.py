@@ -56,6 +56,8 @@ class Plan:
     reading: Reading | None = None
     """None: the text passes as it stands."""
     constraint: Constraint | None = None
+    begun: str | None = None
+    """Text that the prompt ends with and the answer continues: it counts as part of what is constrained."""
     priority: int = 0
     cache_salt: str | None = None
 

@@ -15,7 +15,7 @@ from ernie45.processing.answer_parser import Event as Part
 from ernie45.server.answering import Answering, Choice, Delta, Plan
 from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone, usage_body
 from ernie45.server.body import JsonRoute
-from ernie45.server.chat_plan import chat_plan
+from ernie45.server.chat_plan import chat_plan, text_of
 from ernie45.server.documented import ERRORS, JSON_OR_STREAM
 from ernie45.server.logprobs import chat_logprobs, prompt_logprobs
 from ernie45.server.schema.chat import ChatCompletion, ChatRequest
@@ -59,7 +59,7 @@ class _Shaper:
         }
         self._reasoning = body.include_reasoning is not False
         self._legacy = body.functions is not None
-        self._echoed = _last_text(body) if body.echo and body.continue_final_message else ""
+        self._echoed = text_of(body.messages[-1]) if body.echo and body.continue_final_message else ""
 
     def completion(self, choices: list[Choice]) -> dict[str, Any]:
         """The whole answer."""
@@ -207,10 +207,3 @@ class _Shaper:
         """What the caller asked to stop at; the model's own end token is no news."""
         asked = self._body.stop_token_ids or ()
         return reason if isinstance(reason, str) or reason in asked else None
-
-
-def _last_text(body: ChatRequest) -> str:
-    content = body.messages[-1].content
-    if isinstance(content, str):
-        return content
-    return "".join(part.text or "" for part in content or ())

@@ -54,22 +54,18 @@ def chat_plan(service: Service, request: ChatRequest) -> Plan:
     if request.prompt_token_ids is not None:
         prompt = request.prompt_token_ids
     else:
-        continued = bool(request.continue_final_message)
-        if continued and request.add_generation_prompt:
-            raise RequestError("continue_final_message and add_generation_prompt exclude each other: send one")
         rendered = tokenizer.render(
             messages,
             tools=tool_use.tools or None,
             thinking=thinking,
-            add_generation_prompt=not continued
-            if request.add_generation_prompt is None
-            else request.add_generation_prompt,
-            continue_final_message=continued,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=bool(request.continue_final_message),
         )
         prompt = tokenizer.encode(rendered)
+    begun = text_of(request.messages[-1]) if request.continue_final_message else None
     reading = Reading(
         format=tokenizer.answer_format,
-        start="answer" if request.continue_final_message else tokenizer.answer_start(prompt),
+        start=tokenizer.answer_start(prompt) if begun is None else "text",
         tools=bool(tool_use.tools),
         parallel_calls=tool_use.parallel,
     )
@@ -78,6 +74,7 @@ def chat_plan(service: Service, request: ChatRequest) -> Plan:
         params=_params(service, request, budget),
         reading=reading,
         constraint=_constraint(request, tool_use),
+        begun=begun,
         priority=request.priority or 0,
         cache_salt=request.cache_salt,
     )
@@ -120,6 +117,13 @@ def as_message(message: ChatMessage) -> dict[str, Any]:
     return plain
 
 
+def text_of(message: ChatMessage) -> str:
+    """The text of a message's content."""
+    if isinstance(message.content, str):
+        return message.content
+    return "".join(part.text or "" for part in message.content or ())
+
+
 def _as_tool(function: FunctionDefinition) -> dict[str, Any]:
     return {"type": "function", "function": function.model_dump(exclude_none=True)}
 
@@ -128,6 +132,11 @@ def _constraint(request: ChatRequest, tool_use: ToolUse) -> Constraint | None:
     given = {name: getattr(request, name) for name in CONSTRAINT_FIELDS if getattr(request, name) is not None}
     asked = asked_constraint(given)
     if not tool_use.forced:
+        if asked is not None and tool_use.tools:
+            return Constraint.calls_or(tool_use.tools, asked, parallel=tool_use.parallel)
+        strict = any(tool["function"].get("strict") for tool in tool_use.tools)
+        if strict:
+            return Constraint.tool_calls(tool_use.tools, parallel=tool_use.parallel, required=False)
         return asked
     if asked is not None:
         raise RequestError(f"tool_choice forces a call and {asked.where} the text of the answer: send one")

@@ -80,6 +80,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "max_model_len": facts.max_model_len,
         "context_length": facts.context,
         "capabilities": sorted(service.tokenizer.capabilities),
+        "thinking": service.tokenizer.thinking,
         "kind": facts.kind,
         "weights": facts.weights,
         "parameters": facts.parameters,

@@ -1,4 +1,4 @@
-"""The chat page as routes: `/` and the files in `page/`, held in memory, under a policy that forbids every other origin.
+"""The chat page as routes: `/` and the files in `page/`, held in memory, under a policy that forbids other origins.
 
 The page is public, as it says nothing that the package does not; what it asks of the API needs a key. It stands on
 starlette alone, so that it can be served, and tested, without an engine.

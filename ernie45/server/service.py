@@ -145,6 +145,7 @@ class Service:
             prompt=list(plan.prompt),
             params=plan.params,
             constraint=plan.constraint,
+            begun=plan.begun,
             priority=plan.priority,
             tenant=caller.tenant,
             cache_salt=salt,

@@ -60,7 +60,7 @@ def _ids(service: Service, body: TokenizeRequest) -> list[int]:
         [as_message(message) for message in body.messages or ()],
         tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None,
         thinking=body.enable_thinking if kwargs is None else kwargs.enable_thinking,
-        add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+        add_generation_prompt=body.add_generation_prompt,
         continue_final_message=body.continue_final_message,
     )
     return tokenizer.encode(rendered)

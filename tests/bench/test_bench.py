@@ -201,16 +201,16 @@ def test_bad_arguments(arguments: list[str], code: int, message: str, capsys: An
 TOOL = """#!{python}
 import json, sys
 arguments = dict(zip(sys.argv[1::1], sys.argv[2::1]))
+with open(sys.argv[0] + ".calls", "a") as calls:
+    print(arguments.get("-d"), arguments["-fa"], "--no-repack" in sys.argv or arguments.get("--repack") == "0", file=calls)
 speed = 10 + 5 * int(arguments["-fa"] in ("1", "on")) + 2 * ("--no-repack" in sys.argv or arguments.get("--repack") == "0")
 if sys.argv[0].endswith("batched-bench"):
     print("a line of text")
-    for batch in arguments["-npl"].split(","):
-        print(json.dumps({{"pl": int(batch), "speed_tg": speed * int(batch)}}))
+    print(json.dumps({{"pl": int(arguments["-npl"]), "speed_tg": speed * int(arguments["-npl"])}}))
 elif arguments["-p"] == "0":
     print(json.dumps([{{"n_prompt": 0, "samples_ts": [speed, speed + 1, speed - 1]}}]))
 else:
-    prompts = [int(prompt) for prompt in arguments["-p"].split(",")]
-    print(json.dumps([{{"n_prompt": prompt, "samples_ts": [speed * prompt]}} for prompt in prompts]))
+    print(json.dumps([{{"n_prompt": int(arguments["-p"]), "samples_ts": [speed * int(arguments["-p"])]}}]))
 """
 
 
@@ -224,6 +224,9 @@ def test_the_best_of_llama_cpps_settings_counts(tmp_path: Path) -> None:
     figures = peers_measure("llama.cpp", tmp_path / "model", (0, 64), (1, 8), (16,), where)
     found = {(f.what, f.context, f.batch): f.tokens_per_s for f in figures}
     assert found == {("decode", 0, 1): 17, ("decode", 64, 1): 17, ("prefill", 16, 1): 17 * 16, ("decode", 0, 8): 17 * 8}
+    calls = (tmp_path / "llama-bench.calls").read_text().splitlines()
+    assert [call for call in calls if call.startswith("64")] == ["64 1 True"], "the others were behind at 0"
+    assert len([call for call in calls if call.startswith("0")]) == 4
     assert where.file is not None
     assert where.file.exists(), "the weights are kept"
     (tmp_path / "llama-bench").write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such model')\n")

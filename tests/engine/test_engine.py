@@ -4,6 +4,8 @@ balance after every step, the same answer in every company.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -454,6 +456,56 @@ def test_masks_are_obeyed_and_fail_their_request_alone(
     assert "every token is banned" in driver.ends["blocked"].reason
     assert driver.ends["broken"].reason == "out of grammar"
     assert driver.ids("free") == [i for p in reference(model, tokenizer, prompt, GREEDY) for i in p.ids]
+
+
+class WorksAhead(OnlyUntil):
+    """Notes what it is asked for, by one thread at a time; from `length` on preparing fails, too."""
+
+    def __init__(self, token: int, length: int, error: Exception | None = None) -> None:
+        super().__init__(token, length, error)
+        self.lock, self.prepared, self.asked = threading.Lock(), [], []  # type: ignore[var-annotated]
+
+    def prepare(self, output: Sequence[int]) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        assert self.lock.acquire(blocking=False)
+        time.sleep(0.002)
+        self.prepared.append(len(output))
+        self.lock.release()
+        if len(output) >= self.length:
+            raise ValueError("not ready")
+
+    def allowed(self, output: Sequence[int]) -> torch.Tensor | None:
+        assert self.lock.acquire(blocking=False)
+        self.asked.append(len(output))
+        self.lock.release()
+        return super().allowed(output)
+
+
+def test_masks_work_ahead_while_the_network_runs(
+    network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    model, prompt = network("dense"), tokens(1, 20)
+    engine = Engine(model, tokenizer, SMALL)
+    run, masks = engine._runner.hidden, [WorksAhead(9, 100), WorksAhead(9, 3, ValueError("out of grammar"))]
+
+    def slow(work: Any) -> Any:  # leaves every mask the time
+        deadline = time.monotonic() + 30
+        sampled: list[Any] = [engine._choices[one.job].generation._mask for one in work if one.samples]
+        while any(len(mask.prepared) == len(mask.asked) for mask in sampled):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        return run(work)
+
+    monkeypatch.setattr(engine._runner, "hidden", slow)
+    driver = drive(engine)
+    for name, mask in zip(("obeys", "broken"), masks, strict=True):
+        driver.add(name, prompt, replace(GREEDY, max_tokens=6), new_mask=lambda mask=mask: mask)
+    driver.run()
+    assert driver.ids("obeys") == [9] * 6
+    assert masks[0].prepared == masks[0].asked == [*range(6)]
+    assert driver.ids("broken") == [9] * 3
+    assert driver.ends["broken"].reason == "out of grammar"
+    assert masks[1].prepared == masks[1].asked == [*range(4)]
 
 
 def test_a_step_that_breaks_fails_its_requests_and_the_next_ones_live(

@@ -18,6 +18,7 @@ from ernie45 import Constraint, EngineConfig, NgramSpeculation, SamplingParams, 
 from ernie45.engine.engine import Engine
 from ernie45.engine.grammar_mask import GrammarMask, grammar_masks
 from ernie45.engine.pieces import Completion
+from ernie45.engine.sampling import LogitsMask
 from ernie45.errors import RequestError
 from ernie45.layers.native import use_kernel_leaves
 from ernie45.models.text import CausalLM
@@ -185,6 +186,35 @@ def test_what_cannot_be_written_fails_alone_and_once(
     assert driver.completion("fine").text in ("ab", "ba")
 
 
+NUMBER = {"properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
+
+
+def test_every_call_in_free_text_keeps_to_its_schema(thinking: Setting, drive: Any) -> None:
+    """The network likes to open calls and to end; what stands in them is up to chance."""
+    tokenizer = thinking.tokenizer
+    constraint = Constraint.tool_calls([{"name": "f", "strict": True, "parameters": NUMBER}], required=False)
+    bias = {tokenizer.special_tokens["<tool_call>"]: 4.0, next(iter(tokenizer.stop_ids)): 3.0}
+    params = replace(PARAMS, n=8, max_tokens=150, logit_bias=bias)
+    prompt = [*PROMPT, tokenizer.special_tokens["</think>"]]
+    outputs = []
+    for speculation in (None, NgramSpeculation(min_ngram=1)):
+        driver = drive(thinking.engine(speculation=speculation))
+        driver.add("x", prompt, params, new_mask=thinking.masks(constraint, prompt))
+        driver.run()
+        outputs.append([driver.completion("x", index) for index in range(8)])
+    assert outputs[0] == outputs[1]
+    calls = []
+    for choice in outputs[0]:
+        detokenizer = Detokenizer(tokenizer, keep=tokenizer.answer_tag_ids)
+        parser = AnswerParser(tokenizer.answer_format, start="answer", tools=True)
+        text = "".join([*map(detokenizer.push, choice.ids), detokenizer.finish()])
+        answer = collected([*parser.push(text), *parser.finish()])
+        ended = answer.tool_calls if choice.finish_reason == "stop" else answer.tool_calls[:-1]
+        calls += [(call.name, json.loads(call.arguments), call.error) for call in ended]
+    assert len(calls) > 3
+    assert all(call in [("f", {"n": 1}, None), ("f", {"n": 22}, None)] for call in calls)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_text_that_the_caller_began_is_part_of_the_answer(
     plain: Setting, thinking: Setting, drive: Any, kind: str
@@ -260,15 +290,44 @@ def test_a_thought_ends_behind_a_character_not_inside(thinking: Setting, drive: 
     assert driver.completion("x").finish_reason == "stop"
 
 
-@given(places=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30)), max_size=12))
+class Unprepared:
+    """A mask that does not work ahead."""
+
+    def __init__(self, mask: LogitsMask) -> None:
+        self.allowed, self.finished = mask.allowed, mask.finished
+
+
+@pytest.mark.parametrize("way", [{}, *WAYS.values()], ids=["plain", *WAYS])
+def test_working_ahead_changes_nothing(plain: Setting, drive: Any, way: dict[str, Any]) -> None:
+    found = []
+    for wrap in (Unprepared, lambda mask: mask):
+        driver = drive(plain.engine(**way))
+        for name, (constraint, _) in KINDS.items():
+            masks = plain.masks(constraint)
+            driver.add(name, PROMPT, replace(PARAMS, n=2), new_mask=lambda masks=masks, wrap=wrap: wrap(masks()))
+        driver.step()
+        driver.engine.abort("regex")
+        driver.run()
+        found.append([driver.completion(name, index) for name in KINDS if name != "regex" for index in range(2)])
+    assert found[0] == found[1]
+
+
+Place = st.tuples(st.integers(0, 2), st.integers(0, 30), st.booleans())
+
+
+@given(places=st.lists(Place, max_size=12))
 @settings(max_examples=30, deadline=None)
-def test_a_mask_depends_on_the_output_alone(plain: Setting, places: list[tuple[int, int]]) -> None:
+def test_a_mask_depends_on_the_output_alone(plain: Setting, places: list[tuple[int, int, bool]]) -> None:
     constraint = Constraint.json_schema(SCHEMA)
     texts = ['{"name": "a b", "kind": "beta", "sizes": []}', '{"name": "a", "kind": "alpha"', '{\n "name":"']
     used = GrammarMask(plain.grammars.matcher(constraint))
-    for text, length in places:
+    for text, length, ahead in places:
         output = plain.tokenizer.encode(texts[text])[:length]
         fresh = GrammarMask(plain.grammars.matcher(constraint))
+        if ahead:  # and perhaps in vain, for another output
+            if not fresh.finished(output):
+                used.prepare(output)
+            continue
         assert used.finished(output) == fresh.finished(output)
         if not fresh.finished(output):
             allowed = used.allowed(output)

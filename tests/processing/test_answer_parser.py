@@ -2,6 +2,7 @@
 the events of the whole."""
 
 import json
+import shutil
 from itertools import count, pairwise, product
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ernie45.processing.tokenizer import load_tokenizer
 
 HERMES = AnswerFormat(name="hermes", thought=("<think>", "</think>"), tool_call=("<tool_call>", "</tool_call>"))
 X1, VL, VL_THINKING = (ANSWER_FORMATS[name] for name in ("ernie_thinking", "ernie_vl", "ernie_vl_thinking"))
+LENT = told_answer_format("chatml", "", lends_tools=True)
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 F = [ToolCallBegun(0, "id0", "f"), ArgumentsDelta(0, '{"a": 1}'), ToolCallEnded(0)]
 
@@ -96,6 +98,21 @@ GOLDEN: list[tuple[str, AnswerFormat, Start, list[Any]]] = [
     ('<tool_call>{"name": "f"}</tool_call>', HERMES, "open", second(0, "f", "{}")),
     ('<tool_call>{"name": "f", "arguments": null}</tool_call>', HERMES, "open", second(0, "f", "{}")),
     ('<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', HERMES, "open", F),
+    # tools lent to a template without
+    (f"\n{CALL}\n", LENT, "answer", F),
+    (f"{CALL}\n{CALL}{CALL}", LENT, "answer", [*F, *second(1, "f", '{"a": 1}'), *second(2, "f", '{"a": 1}')]),
+    (f"{CALL}\n\nB", LENT, "answer", [*F, C("B")]),
+    (f"A\n{CALL}\n\nB\n", LENT, "answer", [C("A"), *F, C("\n\nB\n")]),
+    ('<tool_call>\n{"name": "f", "arguments": { }}\n</tool_call>', LENT, "answer", second(0, "f", "{ }")),
+    ('<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>', LENT, "answer", second(0, "f", "{}")),
+    (
+        '<tool_call>\n{"name": "f", "arguments": {"a": {"b": [[], {"c": "</tool_call>\\n<tool_call>"}]}}}\n</tool_call>',
+        LENT,
+        "answer",
+        second(0, "f", '{"a": {"b": [[], {"c": "</tool_call>\\n<tool_call>"}]}}'),
+    ),
+    (f'<tool_call>{{"name": "f{CALL}', LENT, "answer", [C(f'<tool_call>{{"name": "f{CALL}')]),
+    ("<think>\nR\n</think>\n\nA", LENT, "answer", [C("<think>\nR\n</think>\n\nA")]),
     # unclosed
     ("R", X1, "thought", [R("R")]),
     ("R\n\n", X1, "thought", [R("R")]),
@@ -107,6 +124,8 @@ GOLDEN: list[tuple[str, AnswerFormat, Start, list[Any]]] = [
     (" <thi", HERMES, "open", [C(" <thi")]),
     ('<tool_call>{"name": "f", "arguments": {"a": 1}}', HERMES, "open", F),
     ('<tool_call>{"name": "f", "arguments": {"a": 1}', HERMES, "open", F),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1}}\n</tool_c', HERMES, "open", F),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1}}\n</tool A', HERMES, "open", [*F, C("</tool A")]),
     (
         '<tool_call>{"name": "f", "arguments": {"a": "x',
         HERMES,
@@ -178,13 +197,14 @@ PIECES += [
 ]
 PIECES += ["😀", "null", '"{}"', "\\", ",", ":", '"arguments"', '"name"']
 texts = st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
-ALL_FORMATS = [PLAIN, X1, VL, VL_THINKING, HERMES]
+ALL_FORMATS = [PLAIN, X1, VL, VL_THINKING, HERMES, LENT]
+STARTS: list[Start] = ["open", "thought", "answer", "text"]
 
 
 @given(
     text=texts,
     answer_format=st.sampled_from(ALL_FORMATS),
-    start=st.sampled_from(["open", "thought", "answer"]),
+    start=st.sampled_from(STARTS),
     tools=st.booleans(),
     data=st.data(),
 )
@@ -225,6 +245,19 @@ def assert_orderly(whole: list[Event], text: str) -> None:
         assert all(part in text for part in (answer.reasoning, answer.content))
 
 
+@pytest.fixture(scope="module")
+def chatml_folder(ernie_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint whose own template has no tools."""
+    folder = tmp_path_factory.mktemp("chatml") / "copy"
+    shutil.copytree(ernie_folder, folder)
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
 @given(
     reasoning=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=20),
     content=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=20),
@@ -246,19 +279,20 @@ def assert_orderly(whole: list[Event], text: str) -> None:
         ),
         max_size=3,
     ),
-    name=st.sampled_from(["ernie_thinking", "ernie_vl_thinking"]),
+    name=st.sampled_from(["ernie_thinking", "ernie_vl_thinking", None]),
 )
 @settings(max_examples=120, deadline=None)
 def test_what_the_template_writes_comes_back(
-    reasoning: str, content: str, calls: list[tuple[str, dict[str, Any]]], name: str, ernie_folder: Path
+    reasoning: str, content: str, calls: list[tuple[str, dict[str, Any]]], name: str | None, chatml_folder: Path
 ) -> None:
-    reasoning, content = reasoning.strip("\n"), content.strip()
-    tokenizer = load_tokenizer(ernie_folder, chat_format=name)
+    content = content.strip()
+    tokenizer = load_tokenizer(chatml_folder, chat_format=name)
+    reasoning = reasoning.strip("\n") if tokenizer.thinking != "never" else ""
     question: list[dict[str, Any]] = [{"role": "user", "content": "q"}]
     answer = {
         "role": "assistant",
         "content": content,
-        "reasoning_content": reasoning,
+        "reasoning_content": reasoning if tokenizer.thinking != "never" else None,
         "tool_calls": [{"function": {"name": called, "arguments": arguments}} for called, arguments in calls],
     }
     prompt = str(tokenizer.render(question))
@@ -358,9 +392,9 @@ def test_tags_that_are_special_tokens_reach_the_parser(ernie_folder: Path) -> No
 def test_every_state_meets_every_piece() -> None:
     # Short and exhaustive where the property test draws at random.
     pieces = ["<think>", "</think>", "<response>", "</response>", CALL, "\n", "a"]
-    for answer_format, start in product(ALL_FORMATS, ("open", "thought", "answer")):
+    for answer_format, start in product(ALL_FORMATS, STARTS):
         for parts in product(pieces, repeat=3):
             text = "".join(parts)
-            whole = events(text, answer_format, start)  # type: ignore[arg-type]  # product() forgets the literals
-            assert events(text, answer_format, start, cuts=range(1, len(text))) == whole  # type: ignore[arg-type]
+            whole = events(text, answer_format, start)
+            assert events(text, answer_format, start, cuts=range(1, len(text))) == whole
             assert_orderly(whole, text)

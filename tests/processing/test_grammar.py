@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ jsonschema = pytest.importorskip("jsonschema")
 
 X1 = ANSWER_FORMATS["ernie_thinking"]
 HERMES = AnswerFormat(name="hermes", thought=("<think>", "</think>"), tool_call=("<tool_call>", "</tool_call>"))
+LENT = AnswerFormat(name="lent", tool_call=("<tool_call>", "</tool_call>"))
 END, CLOSE_THOUGHT = 256, 258
 EXTRA = [
     b"ab",
@@ -316,6 +317,118 @@ def test_forced_calls_are_calls(name: str, start: Start, parallel: bool, ernie_f
             assert call.name in ("weather", 'no"w')
             assert "city" in arguments if call.name == "weather" else arguments == {}
     assert num_whole
+
+
+STRICT = {"name": "weather", "strict": True, "parameters": TOOLS[0]["parameters"]}
+LOOSE = {"name": "any", "parameters": {"properties": {"x": {"unknown keyword": 1}}}}
+
+
+def auto(parallel: bool = True) -> Constraint:
+    return Constraint.tool_calls([STRICT, LOOSE], parallel=parallel, required=False)
+
+
+@pytest.mark.parametrize("tags", [True, False])
+@pytest.mark.parametrize("answer_format", [X1, HERMES, LENT], ids=lambda one: one.name)
+@pytest.mark.parametrize("parallel", [True, False])
+def test_calls_in_free_text_keep_to_their_schema(answer_format: AnswerFormat, tags: bool, parallel: bool) -> None:
+    """A writer that likes to spell tags and calls, right and wrong; refused, it looks for a way out of the call."""
+    tokenizer = Tiny(answer_format, tags)
+    grammars = Grammars(tokenizer)
+    snippets = ["<tool_call>", "</tool_call>", "\n", '{"name": "', "weather", "any", '", "arguments": ', "{}", "}", "a"]
+    snippets += ['{"city": "b', "<response>", "</response>", "<tool_", "call>", '{"city": 1}', " ", "<"]
+    snippets += [f'<tool_call>\n{{"name": "{name}", "arguments": ' for name in ("weather", "any", "other")]
+    ways_out = [*(tokenizer.ids(text) for text in ('"', "}", "\n", "</tool_call>", '{"city": "', "a"))]
+    num_calls = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        matcher, written = grammars.matcher(auto(parallel), "answer"), b""
+        for _ in range(40):
+            snippet = rng.choice(snippets)
+            spelled = list(snippet.encode()) if rng.random() < 0.2 else tokenizer.ids(snippet)
+            for ids in (spelled, *ways_out):
+                taken = list(takewhile(matcher.accept, ids))
+                written += b"".join(tokenizer.vocabulary.data[i] for i in taken)
+                if taken == ids:
+                    break
+        parser = AnswerParser(answer_format, start="answer", tools=True)
+        answer = collected([*parser.push(written.decode()), *parser.finish()])
+        whole = [call for call in answer.tool_calls if call.error is None]
+        assert len(answer.tool_calls) - len(whole) <= (0 if matcher.complete else 1)
+        assert parallel or len(answer.tool_calls) <= 1
+        num_calls += len(whole)
+        for call in whole:
+            arguments = json.loads(call.arguments)
+            assert call.name in ("weather", "any")
+            assert call.name == "any" or isinstance(arguments["city"], str)
+    assert num_calls > 10
+
+
+@pytest.mark.parametrize("tags", [True, False])
+@pytest.mark.parametrize("answer_format", [X1, HERMES, LENT], ids=lambda one: one.name)
+def test_what_free_text_with_calls_may_be(answer_format: AnswerFormat, tags: bool) -> None:
+    tokenizer = Tiny(answer_format, tags)
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "b"}}\n</tool_call>'
+    response = f"<response>\nA\n</response>\n{call}\n" if answer_format.response else "A\n"
+    for text in ("", "A\n\n< {", call, f"A\n\n{call}\n{call}\nB", response, "a tool_call> b <tool_call", "\n" + call):
+        assert takes(tokenizer, auto(), text), text
+    for text in ("<tool_call>", call.removesuffix("</tool_call>"), f"A{call[:20]}"):
+        assert takes(tokenizer, auto(), text) is False, text
+    wrong = call.replace('"b"', "1")
+    for text in ("<tool_call>A", wrong, f"A{wrong}", f"{call}{wrong}", call.replace("weather", "other")):
+        assert takes(tokenizer, auto(), text) is None, text
+    assert takes(tokenizer, auto(parallel=False), f"A{call}\nB")
+    assert takes(tokenizer, auto(parallel=False), f"{call}{call}") is None
+    if tags:  # spelled out, the tag opens a call for the parser as well
+        matcher = Grammars(tokenizer).matcher(auto())
+        assert all(map(matcher.accept, b"A<tool_call"))
+        assert not matcher.accept(ord(">"))
+
+
+@pytest.mark.parametrize("name", ["ernie_thinking", "ernie_vl_thinking"])
+@pytest.mark.parametrize("start", ["open", "thought", "answer", "text"])
+def test_free_text_with_calls_comes_behind_the_thought(name: str, start: Start, ernie_folder: Path) -> None:
+    tokenizer, grammars = grammars_of(ernie_folder, name)
+    special = tokenizer.special_tokens
+    thought = {"open": "<think>\na</think>\n\n", "thought": "a\n</think>\n"}.get(start, "")
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "b"}}\n</tool_call>'
+
+    def ids(text: str) -> list[int]:
+        parts = re.split("(</?think>|</?tool_call>)", text)
+        return [i for part in parts for i in ([special[part]] if part in special else tokenizer.encode(part))]
+
+    matcher = grammars.matcher(auto(), start)
+    assert all(map(matcher.accept, ids(f"{thought}A\n{call}\n")))
+    assert matcher.complete
+    answer = parsed(tokenizer, ids(f"{thought}A\n{call}\n"), start)
+    assert (answer.reasoning, answer.content) == ("a" if thought else "", "A")
+    assert [called.name for called in answer.tool_calls] == ["weather"]
+    matcher = grammars.matcher(auto(), start)
+    assert not all(map(matcher.accept, ids(f"{thought}A\n{call.replace('weather', 'other')}\n")))
+
+
+@pytest.mark.parametrize("tags", [True, False])
+@pytest.mark.parametrize("answer_format", [X1, HERMES, LENT], ids=lambda one: one.name)
+def test_either_calls_or_the_typed_answer(answer_format: AnswerFormat, tags: bool) -> None:
+    tokenizer = Tiny(answer_format, tags)
+    schema = {"type": "object", "properties": {"n": {"enum": [1]}}, "required": ["n"], "additionalProperties": False}
+    constraint = Constraint.calls_or([STRICT, LOOSE], Constraint.json_schema(schema))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "b"}}\n</tool_call>'
+    wrapped = answer_format.response is not None and not tags
+    result = '<response>\n{"n":1}\n</response>' if wrapped else '{"n":1}'
+    for text in (call, f"{call}\n{call}", result):
+        assert takes(tokenizer, constraint, text), text
+    for text in (
+        "A",
+        f"{result}{call}",
+        f"A{call}",
+        call.replace('"b"', "1"),
+        call.replace("weather", "other"),
+        '{"n":2}',
+    ):
+        assert takes(tokenizer, constraint, text) is None, text
+    once = Constraint.calls_or([STRICT], Constraint.json_schema(schema), parallel=False)
+    assert takes(tokenizer, once, call)
+    assert takes(tokenizer, once, f"{call}\n{call}") is None
 
 
 def parsed(tokenizer: Tokenizer, ids: Sequence[int], start: Start) -> Any:

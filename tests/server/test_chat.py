@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import jsonschema
 import pytest
 
 from tests.server.served import Served
 
-TOOL = {
+jsonschema = pytest.importorskip("jsonschema")
+
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -162,6 +163,29 @@ def test_answers_keep_to_a_schema(server: Served) -> None:
         (choice,) = server.chat(**fields, reasoning_max_tokens=3, max_tokens=300, seed=9)["choices"]
         assert choice["finish_reason"] == "stop"
         jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+
+
+def test_tools_and_a_schema_together_give_either(server: Served) -> None:
+    """As agents with tools and a typed result ask for: every answer is a call or the result, whichever the model prefers."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    answer = server.chat(
+        tools=[{**TOOL, "function": {**TOOL["function"], "strict": True}}],
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": schema}},
+        reasoning_max_tokens=2,
+        max_tokens=300,
+        n=12,
+        seed=3,
+        parallel_tool_calls=False,
+    )
+    kinds = set()
+    for choice in answer["choices"]:
+        kinds.add(choice["finish_reason"])
+        if choice["finish_reason"] == "tool_calls":
+            (call,) = choice["message"]["tool_calls"]
+            jsonschema.validate(json.loads(call["function"]["arguments"]), TOOL["function"]["parameters"])
+        else:
+            jsonschema.validate(json.loads(choice["message"]["content"]), schema)
+    assert kinds == {"tool_calls", "stop"}
 
 
 def test_log_probabilities_have_openais_form(server: Served) -> None:

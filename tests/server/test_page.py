@@ -1,22 +1,21 @@
-"""The chat page as files over HTTP: headers, caching, what is served and what is not, and that nothing refers elsewhere.
+"""The chat page as files over HTTP: headers, caching, what is served and what is not, no reference elsewhere.
 
 What the page does in a browser is in test_page_browser.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import pytest
-
-pytest.importorskip("starlette", reason="the server's extra is not installed")
-pytest.importorskip("httpx", reason="starlette's test client needs httpx")
-
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -31,7 +30,7 @@ PAGE = "/page/app.js"
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(Starlette(routes=page_routes())) as client:
+    with TestClient(_app()) as client:
         yield client
 
 
@@ -112,7 +111,7 @@ def test_what_is_not_on_the_list_is_404(path: str) -> None:
     scope = {
         "type": "http",
         "method": "GET",
-        "path": _unquoted(path),
+        "path": unquote(path),
         "raw_path": path.encode(),
         "query_string": b"",
         "headers": [],
@@ -158,6 +157,13 @@ def test_every_file_referred_to_is_served(client: TestClient) -> None:
         f"/page/{path.relative_to(FOLDER).as_posix()}" for path in FOLDER.rglob("*") if path.suffix in page._TYPES
     }
     assert seen - {"/"} == served - {"/page/index.html"}, "a file that nothing refers to, or that is not served"
+
+
+def test_every_module_is_preloaded() -> None:
+    index = (FOLDER / "index.html").read_text(encoding="utf-8")
+    preloaded = set(re.findall(r'rel="modulepreload" href="page/([^"]+)"', index))
+    modules = {path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*") if path.suffix in (".js", ".mjs")}
+    assert preloaded == modules - {"app.js", "theme.js"}
 
 
 @pytest.mark.parametrize("path", OWN_FILES, ids=lambda path: path.name)
@@ -235,25 +241,20 @@ def _resolved(path: str, target: str) -> str:
     return f"{path.rsplit('/', 1)[0]}/{target[2:]}"
 
 
-def _unquoted(path: str) -> str:
-    from urllib.parse import unquote
+def _app() -> Starlette:
+    app = Starlette(routes=page_routes())
+    app.router.redirect_slashes = False  # as the server has it
+    return app
 
-    return unquote(path)
 
+def _call(scope: dict[str, Any]) -> tuple[int, bytes]:
+    sent: list[dict[str, Any]] = []
 
-def _call(scope: dict[str, object]) -> tuple[int, bytes]:
-    import asyncio
-
-    sent: list[dict[str, object]] = []
-
-    async def receive() -> dict[str, object]:
+    async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    async def send(message: dict[str, object]) -> None:
+    async def send(message: Any) -> None:
         sent.append(message)
 
-    asyncio.run(Starlette(routes=page_routes())(scope, receive, send))  # type: ignore[arg-type]
-    status = next(message["status"] for message in sent if message["type"] == "http.response.start")
-    body = b"".join(message.get("body", b"") for message in sent if message["type"] == "http.response.body")  # type: ignore[misc]
-    assert isinstance(status, int)
-    return status, body
+    asyncio.run(_app()(scope, receive, send))
+    return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])

@@ -1,7 +1,8 @@
 """The chat page in a real browser, headless Chromium, against a server whose answers are scripted.
 
-Every test also fails when the page asks another origin for anything, breaks its own content security policy, raises an
-error or writes one to the console that the test does not expect. Skipped, visibly, where playwright or Chromium is missing.
+Every test also fails when the page asks another origin for anything, breaks its own content security policy, stores the
+key for good, raises an error or writes one to the console that the test does not expect. Skipped, visibly, where
+playwright or Chromium is missing.
 """
 
 from __future__ import annotations
@@ -15,13 +16,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import pytest
-
-pytest.importorskip("starlette", reason="the server's extra is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="the server's extra is not installed")
-playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
+import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -29,6 +27,7 @@ from starlette.routing import Route
 
 from ernie45.server.page import page_routes
 
+playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH")
 
@@ -118,6 +117,7 @@ class FakeServer:
         return StreamingResponse(self.stream(self.scripts[question]), media_type="text/event-stream")
 
     async def stream(self, script: list[str | float | threading.Event]) -> AsyncIterator[str]:
+        left = self.left  # of the test that began this stream
         try:
             for step in script:
                 if isinstance(step, str):
@@ -127,7 +127,7 @@ class FakeServer:
                 else:
                     await _wait(step)
         except asyncio.CancelledError:
-            self.left.set()
+            left.set()
             raise
 
 
@@ -159,12 +159,19 @@ def serve(fake: FakeServer) -> Callable[[], None]:
     return stop
 
 
-@pytest.fixture
-def fake() -> Iterator[FakeServer]:
-    fake = FakeServer()
-    stop = serve(fake)
-    yield fake
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeServer]:
+    server = FakeServer()
+    stop = serve(server)
+    yield server
     stop()
+
+
+@pytest.fixture
+def fake(server: FakeServer) -> FakeServer:
+    """The one server of this file, as if new: starting one takes longer than most tests."""
+    vars(server).update(vars(FakeServer(url=server.url)))
+    return server
 
 
 # The browser ----------------------------------------------------------------------------------------------------------
@@ -180,13 +187,21 @@ def browser() -> Iterator[Any]:
 
 @dataclass
 class Watched:
-    """A page and everything about it that should not have happened."""
+    """A page, and all that was seen of it from outside."""
 
     page: Any
     expected_errors: list[str] = field(default_factory=list)
     """Parts of console errors that the test brings about, such as the browser's own line for a 401."""
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+
+    def on_console(self, message: Any) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
+
+    def on_dialog(self, dialog: Any) -> None:
+        self.errors.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def unexpected(self) -> list[str]:
         return [e for e in self.errors if not any(part in e for part in self.expected_errors)]
@@ -202,13 +217,15 @@ def watched(browser: Any, fake: FakeServer) -> Iterator[Watched]:
     context.add_init_script(VIOLATIONS)
     watched = Watched(context.new_page())
     page = watched.page
-    page.on("console", lambda message: message.type == "error" and watched.errors.append(message.text))
+    page.on("console", watched.on_console)
     page.on("pageerror", lambda error: watched.errors.append(f"raised: {error}"))
-    page.on("dialog", lambda dialog: (watched.errors.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    page.on("dialog", watched.on_dialog)
     page.on("popup", lambda popup: watched.errors.append(f"popup: {popup.url}"))
     page.on("request", lambda request: watched.requests.append(request.url))
     yield watched
+    stored = page.evaluate("JSON.stringify(localStorage)")
     context.close()
+    assert KEY not in stored
     assert [url for url in watched.requests if not url.startswith(f"{fake.url}/")] == []
     assert watched.unexpected() == []
 
@@ -220,10 +237,8 @@ def page(watched: Watched, fake: FakeServer) -> Any:
 
 
 def open_page(page: Any, fake: FakeServer) -> Any:
-    from urllib.parse import quote
-
-    page.goto(f"{fake.url}/#key={quote(KEY, safe='')}")
-    page.get_by_text("Ready", exact=True).wait_for()
+    page.goto(f"{fake.url}/#key={quote(KEY, safe='')}", wait_until="commit")
+    page.locator(".server.ready").wait_for()
     return page
 
 
@@ -246,7 +261,6 @@ def expect(locator: Any) -> Any:
 def test_the_key_leaves_the_address_and_is_never_stored_for_good(page: Any) -> None:
     assert "#" not in page.url
     assert page.evaluate("sessionStorage.getItem('ernie45.key')") == KEY
-    assert KEY not in page.evaluate("JSON.stringify(localStorage)")
     page.reload()
     page.get_by_text("Ready", exact=True).wait_for()
 
@@ -270,6 +284,7 @@ def test_an_answer_streams_and_stands_with_its_figures(page: Any, fake: FakeServ
     ask(page, "Hello")
     expect(answer_text(page)).to_have_text("Good")
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+    page.locator(".conversations .entry").click()  # it is open already, and goes on
     gates[0].set()
     expect(answer_text(page)).to_have_text("Good morning 你好")
     expect(page.locator(".figures.live")).to_contain_text("measured in this page")
@@ -293,21 +308,22 @@ def test_rate_is_the_servers_count_over_the_measured_time(page: Any, fake: FakeS
     assert 10 < rate < 25, "10 tokens after the first one in about half a second"
 
 
-@pytest.mark.parametrize("how", ["button", "escape"])
-def test_stop_closes_the_connection_and_keeps_the_text(page: Any, fake: FakeServer, how: str) -> None:
+def test_stop_closes_the_connection_and_keeps_the_text(page: Any, fake: FakeServer) -> None:
     fake.scripts["q"] = [piece(content="Once upon"), threading.Event()]
+    fake.scripts["go on"] = [piece(content="there was"), threading.Event()]
     ask(page, "q")
     expect(answer_text(page)).to_have_text("Once upon")
-    if how == "button":
-        page.get_by_role("button", name="Stop", exact=True).click()
-    else:
-        page.keyboard.press("Escape")
-    expect(page.get_by_text("Stopped", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Stop", exact=True).click()
+    expect(page.get_by_text("Stopped", exact=True)).to_have_count(1)
     assert fake.left.wait(TIMEOUT_S), "the server did not see the client leave"
     expect(answer_text(page)).to_have_text("Once upon")
-    fake.scripts["go on"] = [piece(content="there was"), piece(finish="stop"), DONE]
+
+    fake.left.clear()
     ask(page, "go on")
     expect(answer_text(page)).to_have_text("there was")
+    page.keyboard.press("Escape")
+    expect(page.get_by_text("Stopped", exact=True)).to_have_count(2)
+    assert fake.left.wait(TIMEOUT_S)
     assert [m["content"] for m in fake.bodies[1]["messages"]] == ["q", "Once upon", "go on"]
 
 
@@ -344,10 +360,14 @@ def test_thinking_opens_while_it_lasts_and_folds_with_its_count(watched: Watched
     assert "reasoning_max_tokens" not in fake.bodies[1]
 
 
-def test_without_the_capability_nothing_offers_thinking(page: Any) -> None:
+def test_a_model_that_always_thinks_has_no_switch(watched: Watched, fake: FakeServer) -> None:
+    fake.models = [{"id": "x", "max_model_len": 4096, "capabilities": ["thinking"], "thinking": "always"}]
+    page = open_page(watched.page, fake)
+    fake.scripts["q"] = [piece(reasoning_content="Hm"), piece(content="42"), piece(finish="stop"), usage(8, 3), DONE]
+    ask(page, "q")
+    expect(page.locator("article.answer")).to_contain_text("42")
     expect(page.get_by_role("button", name="Think", exact=True)).to_have_count(0)
-    page.get_by_label("Settings").first.click()
-    expect(page.get_by_label("Longest thought (tokens)")).to_have_count(0)
+    assert "enable_thinking" not in fake.bodies[0]
 
 
 def test_a_wrong_key_is_asked_for_again(watched: Watched, fake: FakeServer) -> None:
@@ -356,9 +376,10 @@ def test_a_wrong_key_is_asked_for_again(watched: Watched, fake: FakeServer) -> N
     page.goto(fake.url)
     dialog = page.get_by_role("dialog")
     expect(dialog).to_contain_text("This server asks for its key")
-    dialog.get_by_label("Key").fill("wrong")
-    page.keyboard.press("Enter")
-    expect(dialog).to_contain_text("The server refused this key")
+    for wrong in ("wrong", "密钥"):
+        dialog.get_by_label("Key").fill(wrong)
+        page.keyboard.press("Enter")
+        expect(dialog).to_contain_text("The server refused this key")
     dialog.get_by_label("Key").fill(KEY)
     page.keyboard.press("Enter")
     expect(dialog).to_have_count(0)
@@ -395,31 +416,27 @@ def test_a_busy_server_is_asked_again_after_the_time_that_it_named(
     assert len(fake.bodies) == 2
 
 
-def test_an_error_in_the_middle_keeps_what_arrived(page: Any, fake: FakeServer) -> None:
+def test_an_answer_that_does_not_reach_its_end_says_why(page: Any, fake: FakeServer) -> None:
     broken = event({"error": {"message": "The engine restarted", "type": "server_error", "param": None, "code": None}})
     fake.scripts["q"] = [piece(content="Half an answer"), broken, DONE]
     ask(page, "q")
-    expect(page.locator(".failure")).to_contain_text("The answer broke off")
-    expect(page.locator(".failure")).to_contain_text("The engine restarted")
+    failure = page.locator(".failure")
+    expect(failure).to_contain_text("The answer broke off")
+    expect(failure).to_contain_text("The engine restarted")
     expect(answer_text(page)).to_have_text("Half an answer")
-    fake.scripts["q"] = [piece(content="All of it"), piece(finish="stop"), DONE]
-    page.get_by_role("button", name="Try again").click()
-    expect(answer_text(page)).to_have_text("All of it")
 
-
-def test_a_stream_that_ends_early_is_an_error(page: Any, fake: FakeServer) -> None:
     fake.scripts["q"] = [piece(content="Half")]
-    ask(page, "q")
-    expect(page.locator(".failure")).to_contain_text("ended before the answer was complete")
+    page.get_by_role("button", name="Try again").click()
+    expect(failure).to_contain_text("ended before the answer was complete")
 
-
-def test_length_is_told(page: Any, fake: FakeServer) -> None:
-    fake.scripts["q"] = [piece(content="Half"), piece(finish="length"), DONE]
-    ask(page, "q")
+    fake.scripts["q"] = [piece(content="As long as allowed"), piece(finish="length"), DONE]
+    page.get_by_role("button", name="Try again").click()
     expect(page.get_by_text("Cut off: the limit of tokens is reached.")).to_be_visible()
+    expect(answer_text(page)).to_have_text("As long as allowed")
+    expect(failure).to_have_count(0)
 
 
-def test_loading_is_shown_and_ends_by_itself(watched: Watched, fake: FakeServer) -> None:
+def test_a_server_that_is_not_ready_says_so_until_it_is(watched: Watched, fake: FakeServer) -> None:
     watched.expected_errors = ["503"]
     fake.readiness = {"status": "loading", "message": "reading weights: 40 %"}
     page = watched.page
@@ -429,13 +446,24 @@ def test_loading_is_shown_and_ends_by_itself(watched: Watched, fake: FakeServer)
     page.get_by_label("Message", exact=True).fill("early")
     expect(page.get_by_role("button", name="Send")).to_be_disabled()
     fake.readiness = None
-    page.evaluate("location.hash = 'key=' + encodeURIComponent(%s)" % json.dumps(KEY))
+    page.evaluate("key => location.hash = 'key=' + encodeURIComponent(key)", KEY)
     expect(page.get_by_text("Ready", exact=True)).to_be_visible()
-    expect(page.get_by_role("button", name="Send")).to_be_enabled()
+    fake.scripts["early"] = [piece(content="ok"), piece(finish="stop"), DONE]
+    page.get_by_role("button", name="Send").click()
+    expect(answer_text(page)).to_have_text("ok")
+
+    fake.readiness = {"status": "restarting", "message": "attempt 1"}
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")  # as if the tab came back into sight
+    expect(page.get_by_text("The engine is restarting: attempt 1")).to_be_visible()
+    expect(page.get_by_role("button", name="Answer again")).to_have_count(0)
+    fake.readiness = None
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible()
 
 
 def test_settings_reach_the_request_and_bad_ones_do_not(page: Any, fake: FakeServer) -> None:
+    expect(page.get_by_role("button", name="Think", exact=True)).to_have_count(0)
     page.get_by_label("Settings").first.click()
+    expect(page.get_by_label("Longest thought (tokens)")).to_have_count(0)
     page.get_by_placeholder("How the model should behave").fill("Be brief.")
     for label, text in {
         "Temperature": "0.7",
@@ -549,7 +577,8 @@ print("<b>hi</b>")
 
 
 def test_markdown(page: Any, fake: FakeServer) -> None:
-    fake.scripts["q"] = [*(piece(content=part) for part in MARKDOWN.split(" ")[:0]), *_in_pieces(MARKDOWN)]
+    pieces = [piece(content=MARKDOWN[at : at + 7]) for at in range(0, len(MARKDOWN), 7)]
+    fake.scripts["q"] = [*pieces, piece(finish="stop"), DONE]
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     ask(page, "q")
     text = answer_text(page)
@@ -569,10 +598,6 @@ def test_markdown(page: Any, fake: FakeServer) -> None:
     text.get_by_role("button", name="Copy code").click()
     expect(text.locator(".code-bar")).to_contain_text("Copied")
     assert page.evaluate("navigator.clipboard.readText()") == 'print("<b>hi</b>")'
-
-
-def _in_pieces(text: str) -> list[str | float | threading.Event]:
-    return [*(piece(content=text[at : at + 7]) for at in range(0, len(text), 7)), piece(finish="stop"), DONE]
 
 
 ATTACKS = [
@@ -616,39 +641,52 @@ ATTACKS = [
     "`<img src=x onerror=document.title='hit'>`",
     "\\<img src=x onerror=document.title='hit'\\>",
     "&lt;img src=x onerror=document.title='hit'&gt;",
-    ">" * 5000 + " deep",
-    "- " * 2000 + "deep",
-    "> " * 500 + "deep",
+    "> " * 100 + "deep",
 ]
+# Past what the parser's stack holds: the whole text is then shown as it stands, so these go by themselves.
+BOTTOMLESS = [">" * 5000 + " deep", "- " * 2000 + "deep"]
+
+
+LOOK = """() => {
+  const log = document.querySelector('.log');
+  const forbidden = 'script, img, iframe, object, embed, form, style, link, meta, base, math, audio, video';
+  const attributes = [...log.querySelectorAll('*')].flatMap(e => [...e.attributes].map(a => a.name));
+  return {
+    elements: [...log.querySelectorAll(forbidden)].map(e => e.outerHTML),
+    svg: [...log.querySelectorAll('svg')].filter(e => !e.matches('.icon')).map(e => e.outerHTML),
+    handlers: attributes.filter(name => name.startsWith('on') || name === 'style' || name === 'srcdoc'),
+    links: [...new Set([...log.querySelectorAll('a')].map(a => [a.protocol, a.rel, a.target].join(' ')))],
+    title: document.title,
+  };
+}"""
+HARMLESS = {
+    "elements": [],
+    "svg": [],
+    "handlers": [],
+    "links": ["https: noopener noreferrer _blank"],
+    "title": "ernie45",
+}
 
 
 def test_nothing_in_an_answer_is_executed_loaded_or_followed(page: Any, fake: FakeServer) -> None:
-    """The question, the thought and the answer carry the attacks; everything that can be clicked is looked at."""
+    """Question, thought and answer carry the attacks: all in one stream, and each as a stored turn of its own."""
     text = "\n\n".join(ATTACKS)
     fake.scripts[text] = [piece(reasoning_content=text), piece(content=text), piece(finish="stop"), DONE]
-    for attack in ATTACKS:
-        fake.scripts[attack] = [piece(reasoning_content=attack), piece(content=attack), piece(finish="stop"), DONE]
-    for question in [text, *ATTACKS]:
-        ask(page, question)
-        expect(page.get_by_role("button", name="Answer again")).to_be_visible()
-        found = page.evaluate(
-            """() => {
-              const log = document.querySelector('.log');
-              const forbidden = 'script, img, iframe, object, embed, form, style, link, meta, base, math, audio, video';
-              const attributes = [...log.querySelectorAll('*')].flatMap(e => [...e.attributes].map(a => a.name));
-              return {
-                elements: [...log.querySelectorAll(forbidden)].map(e => e.outerHTML),
-                svg: [...log.querySelectorAll('svg')].filter(e => !e.matches('.icon')).length,
-                handlers: attributes.filter(name => name.startsWith('on') || name === 'style' || name === 'srcdoc'),
-                links: [...log.querySelectorAll('a')].map(a => a.protocol + ' ' + a.rel + ' ' + a.target),
-                title: document.title,
-              };
-            }"""
-        )
-        links = {link for link in found.pop("links")}
-        assert links <= {"https: noopener noreferrer _blank"}, question
-        assert found == {"elements": [], "svg": 0, "handlers": [], "title": "ernie45"}, question
-        page.get_by_role("button", name="New conversation", exact=True).click()
+    ask(page, text)
+    expect(page.get_by_role("button", name="Answer again")).to_be_visible()
+    assert page.evaluate(LOOK) == HARMLESS
+
+    turns: list[dict[str, Any]] = []
+    for attack in [*ATTACKS, *BOTTOMLESS]:
+        call = {"name": attack, "arguments": attack}
+        turns.append({"role": "user", "text": attack})
+        turns.append({"role": "assistant", "text": attack, "reasoning": attack, "calls": [call], "finish": attack})
+    stored = {"id": "a", "title": ATTACKS[0], "updated": 1, "system": text, "turns": turns}
+    page.evaluate("text => localStorage.setItem('ernie45.chat.a', text)", json.dumps(stored))
+    page.evaluate("sessionStorage.setItem('ernie45.open', 'a')")
+    page.reload()
+    expect(page.locator("article.answer")).to_have_count(len(ATTACKS) + len(BOTTOMLESS))
+    assert page.evaluate(LOOK) == HARMLESS
 
 
 def test_stored_conversations_are_no_way_in_either(page: Any, fake: FakeServer) -> None:
@@ -672,13 +710,16 @@ def test_colours_and_language_switch_and_stay(page: Any) -> None:
     page.get_by_role("button", name="Use dark colours").click()
     expect(page.get_by_role("button", name="Use light colours")).to_be_visible()
     dark = page.evaluate(ground)
-    assert sum(_rgb(dark)) < 200 < 600 < sum(_rgb(light))
+    assert sum(_rgb(dark)) < 200
+    assert sum(_rgb(light)) > 600
     page.get_by_role("button", name="Switch to Chinese").click()
     expect(page.get_by_role("heading", name="想问点什么？")).to_be_visible()
     assert page.evaluate("document.documentElement.lang") == "zh-CN"
     page.reload()
     expect(page.get_by_role("heading", name="想问点什么？")).to_be_visible()
     assert page.evaluate(ground) == dark
+    keys = page.evaluate("import('/page/strings.js').then(m => Object.values(m.strings).map(s => Object.keys(s)))")
+    assert keys[0] == keys[1], "the tables as JavaScript reads them"
     page.get_by_role("button", name="使用浅色界面").click()
     assert page.evaluate("document.documentElement.dataset.theme") is None, "the system's own colours again"
 
@@ -690,24 +731,6 @@ def test_system_colours_and_language_hold_at_first(browser: Any, fake: FakeServe
     expect(page.get_by_text("服务器密钥")).to_be_visible()
     assert sum(_rgb(page.evaluate("getComputedStyle(document.body).backgroundColor"))) < 200
     context.close()
-
-
-def test_keys_of_the_tables_as_javascript_reads_them(page: Any) -> None:
-    keys = page.evaluate(
-        "import('/page/strings.js').then(m => [m.strings.en, m.strings.zh].map(s => Object.keys(s).sort()))"
-    )
-    assert keys[0] == keys[1]
-
-
-def test_enter_of_an_input_method_does_not_send(page: Any, fake: FakeServer) -> None:
-    field_ = page.get_by_label("Message", exact=True)
-    field_.fill("ni")
-    field_.dispatch_event("keydown", {"key": "Enter", "isComposing": True, "bubbles": True})
-    field_.dispatch_event("keydown", {"key": "Enter", "keyCode": 229, "bubbles": True})
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_timeout(100)
-    assert fake.bodies == []
-    assert field_.input_value() == "ni\n"
 
 
 def test_scrolling_up_stops_following(page: Any, fake: FakeServer) -> None:
@@ -734,7 +757,7 @@ def test_scrolling_up_stops_following(page: Any, fake: FakeServer) -> None:
 
 def test_360_pixels_are_enough(watched: Watched, fake: FakeServer) -> None:
     watched.page.set_viewport_size({"width": 360, "height": 640})
-    page = open_page_narrow(watched.page, fake)
+    page = open_page(watched.page, fake)
     wide = "| " + " | ".join(f"column {i}" for i in range(9)) + " |\n" + "|---" * 9 + "|\n\n```\n" + "x" * 300 + "\n```"
     fake.scripts["q"] = [piece(content=f"{wide}\n\n{'w' * 200}"), piece(finish="stop"), usage(5, 2), DONE]
     ask(page, "q")
@@ -750,17 +773,15 @@ def test_360_pixels_are_enough(watched: Watched, fake: FakeServer) -> None:
     expect(page.locator(".conversations .entry")).to_be_hidden()
 
 
-def open_page_narrow(page: Any, fake: FakeServer) -> Any:
-    """As open_page; on a narrow screen the state is a dot without words."""
-    from urllib.parse import quote
-
-    page.goto(f"{fake.url}/#key={quote(KEY, safe='')}")
-    page.locator(".server.ready").wait_for()
-    return page
-
-
 def test_keyboard_alone_and_what_is_read_out(page: Any, fake: FakeServer) -> None:
-    expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    message = page.get_by_label("Message", exact=True)
+    expect(message).to_be_focused()
+    message.fill("ni")
+    for of_input_method in ({"isComposing": True}, {"keyCode": 229}):
+        message.dispatch_event("keydown", {"key": "Enter", "bubbles": True, **of_input_method})
+    page.keyboard.press("Shift+Enter")
+    expect(message).to_have_value("ni\n")
+    assert fake.bodies == []
     fake.scripts["q"] = [piece(content="ok"), piece(finish="stop"), DONE]
     ask(page, "q")
     expect(page.get_by_text("The answer is complete.")).to_be_attached()
@@ -770,6 +791,11 @@ def test_keyboard_alone_and_what_is_read_out(page: Any, fake: FakeServer) -> Non
     )
     assert unlabelled == []
     assert page.evaluate("!document.querySelector('.log').closest('[aria-live]')"), "not every token is read out"
+    page.get_by_label("Settings").first.focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("button", name="Close")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("button", name="Settings")).to_be_focused()
     page.keyboard.press("Shift+Tab")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
 

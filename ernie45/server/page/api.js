@@ -19,7 +19,7 @@ export async function fetchReadiness(key) {
   return { state: String(answer.status ?? "loading"), message: String(answer.message ?? "") };
 }
 
-/** `[{id, maxLength, thinks}]`; maxLength is null where the server does not say. */
+/** `[{id, maxLength, thinks, mayNotThink}]`; maxLength is null where the server does not say. */
 export async function fetchModels(key) {
   const response = await request("v1/models", key);
   if (!response.ok) throw await failure(response);
@@ -28,6 +28,7 @@ export async function fetchModels(key) {
     id: model.id,
     maxLength: model.max_model_len ?? null,
     thinks: model.capabilities?.includes("thinking") ?? false,
+    mayNotThink: model.thinking !== "always",
   }));
 }
 

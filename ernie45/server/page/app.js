@@ -4,6 +4,7 @@ import * as chat from "./chat.js";
 import { connect } from "./connection.js";
 import { followOtherTabs } from "./history.js";
 import { html, render } from "./html.js";
+import { showPanel } from "./panel.js";
 import { loadSettings } from "./settings.js";
 import { changed, onChange, state } from "./store.js";
 import { Composer } from "./view_composer.js";
@@ -23,7 +24,7 @@ function App() {
         <${Composer} />
       </div>
       <${SettingsPanel} />
-      ${state.panel && html`<div class="scrim" onClick=${closePanel}></div>`}
+      ${state.panel && html`<div class="scrim" onClick=${() => showPanel(null)}></div>`}
     </div>
     ${state.keyDialog && html`<${KeyDialog} reason=${state.keyDialog} />`}
     ${state.confirmingClear && html`<${ClearDialog} />`}
@@ -31,15 +32,10 @@ function App() {
   `;
 }
 
-function closePanel() {
-  state.panel = null;
-  changed();
-}
-
 // Escape closes what lies open, else it stops the answer. Dialogs handle it themselves.
 function onKeyDown(event) {
   if (event.key !== "Escape" || event.defaultPrevented || event.isComposing || document.querySelector("dialog")) return;
-  if (state.panel) closePanel();
+  if (state.panel) showPanel(null);
   else chat.stop();
 }
 

@@ -5,6 +5,7 @@ import { check, keyRefused } from "./connection.js";
 import { absorb, newAnswer, newConversation, toMessages } from "./conversation.js";
 import * as history from "./history.js";
 import { Meter } from "./meter.js";
+import { showPanel } from "./panel.js";
 import { allValid, requestFields } from "./parameters.js";
 import { chosenModel } from "./settings.js";
 import { changed, state } from "./store.js";
@@ -26,7 +27,8 @@ export function openFirst() {
 
 /** Whether `send` would send: the server is ready, nothing is being answered, every setting is in order. */
 export function canSend() {
-  return state.server.state === "ready" && !state.run && allValid(state.settings, chosenModel());
+  const model = chosenModel();
+  return model !== undefined && state.server.state === "ready" && !state.run && allValid(state.settings, model);
 }
 
 export function send(text) {
@@ -60,8 +62,10 @@ export function startNew() {
   history.remember(null);
 }
 
+/** Shows a stored conversation. The one on screen stays as it is: what is stored of it may be older. */
 export function open(id) {
-  show(history.load(id) ?? newConversation());
+  if (id === state.conversation.id) showPanel(null);
+  else show(history.load(id) ?? newConversation());
 }
 
 export function remove(id) {
@@ -83,8 +87,7 @@ export function setSystem(text) {
 function show(conversation) {
   stop();
   state.conversation = conversation;
-  state.panel = null;
-  changed();
+  showPanel(null);
 }
 
 async function answer() {

@@ -22,11 +22,6 @@ export function connect() {
 
 export function useKey(key) {
   state.key = key.trim();
-  // No header can carry anything else, so no server can have given it out.
-  if (!/^[\x21-\x7e]+$/.test(state.key)) {
-    keyRefused();
-    return;
-  }
   try {
     sessionStorage.setItem(KEY, state.key);
   } catch {
@@ -53,6 +48,11 @@ export function keyRefused() {
 export async function check() {
   clearTimeout(timer);
   const key = state.key;
+  // No header can carry anything else, so no server can have given it out.
+  if (!/^[\x21-\x7e]*$/.test(key)) {
+    keyRefused();
+    return;
+  }
   let server;
   try {
     server = await fetchReadiness(key);
@@ -64,7 +64,8 @@ export async function check() {
       keyRefused();
       return;
     }
-    server = { state: "unreachable", message: error.message };
+    // Of a failed connection the browser says no more than that; where to may be what is wrong.
+    server = { state: "unreachable", message: error.status ? error.message : location.host };
   }
   if (key !== state.key) return; // a newer key has its own check under way
   const ready = server.state === "ready";

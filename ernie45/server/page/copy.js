@@ -29,7 +29,7 @@ export class CopyButton extends Component {
   }
 }
 
-/** Copies; returns whether it worked. The clipboard's interface exists in secure contexts only, the older way everywhere. */
+/** Copies; returns whether it worked. The clipboard exists in secure contexts only, the older way everywhere. */
 async function copyText(text) {
   try {
     await navigator.clipboard.writeText(text);

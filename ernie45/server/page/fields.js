@@ -1,6 +1,6 @@
 // Helpers of text fields.
 
-/** Enter without Shift, and not the Enter that accepts an input method's suggestion (229: Safari sends it afterwards). */
+/** Enter without Shift, and not the Enter that accepts an input method's suggestion (Safari: 229, afterwards). */
 export function isEnter(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 }

@@ -124,13 +124,17 @@ function heading(token, depth) {
 }
 
 function list(token, depth) {
-  const items = token.items.map((item) => html`<li class=${item.task ? "task" : null}>${blocks(item.tokens, depth)}</li>`);
+  const items = token.items.map(
+    (item) => html`<li class=${item.task ? "task" : null}>${blocks(item.tokens, depth)}</li>`,
+  );
   return token.ordered ? html`<ol start=${token.start}>${items}</ol>` : html`<ul>${items}</ul>`;
 }
 
 function table(token, depth) {
   const cells = (row, tag) =>
-    row.map((cell) => html`<${tag} class=${cell.align ? `align-${cell.align}` : null}>${inlines(cell.tokens, depth)}<//>`);
+    row.map(
+      (cell) => html`<${tag} class=${cell.align ? `align-${cell.align}` : null}>${inlines(cell.tokens, depth)}<//>`,
+    );
   return html`<div class="table" tabindex="0" role="group">
     <table>
       <thead>

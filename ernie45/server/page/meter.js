@@ -38,7 +38,7 @@ export class Meter {
     return this.thoughtBegin === null ? null : ((this.thoughtEnd ?? now) - this.thoughtBegin) / 1000;
   }
 
-  /** Tokens per second from the first piece to the last, for `tokens` tokens; null where there is nothing to measure. */
+  /** Tokens per second from the first piece to the last, for `tokens` of them; null where that means nothing. */
   rate(tokens = this.pieces) {
     const seconds = (this.last - this.first) / 1000;
     return tokens > 1 && seconds >= MIN_RATE_SECONDS ? (tokens - 1) / seconds : null;

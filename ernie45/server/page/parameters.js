@@ -53,8 +53,8 @@ export function requestFields(settings, model) {
     const text = settings.values[parameter.name] ?? "";
     if (text.trim() !== "") fields[parameter.name] = parameter.lines ? stopStrings(text) : Number(text);
   }
-  if (model?.thinks) fields.enable_thinking = settings.thinking;
-  if (!fields.enable_thinking) delete fields.reasoning_max_tokens;
+  if (model?.thinks && model.mayNotThink) fields.enable_thinking = settings.thinking;
+  if (fields.enable_thinking === false) delete fields.reasoning_max_tokens;
   return fields;
 }
 

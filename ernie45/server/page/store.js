@@ -34,7 +34,7 @@ export function onChange(render) {
 export function changed() {
   if (scheduled) return;
   scheduled = true;
-  // A long answer is parsed anew each time; by pausing for three times what that took the page keeps a core mostly free.
+  // A long answer is parsed anew each time: a pause of three times what that took leaves a core mostly free.
   // Frames do not run in a hidden tab, where the stream goes on.
   if (document.hidden || cost > 8) setTimeout(frame, document.hidden ? 200 : 3 * cost);
   else requestAnimationFrame(frame);

@@ -4,7 +4,9 @@ import { canSend, send, stop } from "./chat.js";
 import { Component, createRef, html } from "./html.js";
 import { grow, isEnter } from "./fields.js";
 import { Icon } from "./icons.js";
+import { showPanel } from "./panel.js";
 import { allValid } from "./parameters.js";
+import { serverStateText } from "./server_state.js";
 import { changeSettings, chosenModel } from "./settings.js";
 import { changed, state } from "./store.js";
 import { t } from "./strings.js";
@@ -43,6 +45,7 @@ export class Composer extends Component {
     const model = chosenModel();
     const valid = allValid(state.settings, model);
     return html`<div class="composer-frame">
+      ${state.conversation.turns.length > 0 && state.server.state !== "ready" && html`<${Blocked} />`}
       ${!valid && html`<${Invalid} />`}
       <div class="composer">
         <textarea
@@ -55,10 +58,10 @@ export class Composer extends Component {
           onKeyDown=${this.onKeyDown}
         ></textarea>
         <div class="row">
-          ${model?.thinks && html`<${ThinkToggle} />`}
+          ${model?.thinks && model.mayNotThink && html`<${ThinkToggle} />`}
           <small class="keys">${t("keys_hint")}</small>
           <div class="space"></div>
-          ${state.run ? html`<${StopButton} />` : html`<${SendButton} onClick=${this.submit} />`}
+          <${MainButton} send=${this.submit} />
         </div>
       </div>
     </div>`;
@@ -78,25 +81,31 @@ function ThinkToggle() {
   </button>`;
 }
 
-function SendButton({ onClick }) {
+/** Sends, or stops while an answer arrives: one button, so that it keeps the focus when it changes its role. */
+function MainButton({ send }) {
+  const running = state.run !== null;
   const ready = canSend() && state.draft.trim() !== "";
-  return html`<button type="button" class="send" disabled=${!ready} aria-label=${t("send")} title=${t("send")} onClick=${onClick}>
-    <${Icon} name="send" />
+  return html`<button
+    type="button"
+    class=${running ? "send stop" : "send"}
+    disabled=${!running && !ready}
+    aria-label=${t(running ? "stop" : "send")}
+    title=${running ? `${t("stop")} (Esc)` : t("send")}
+    onClick=${running ? stop : send}
+  >
+    <${Icon} name=${running ? "stop" : "send"} />
   </button>`;
 }
 
-function StopButton() {
-  return html`<button type="button" class="send stop" aria-label=${t("stop")} title=${`${t("stop")} (Esc)`} onClick=${stop}>
-    <${Icon} name="stop" />
-  </button>`;
+/** Why nothing can be sent; an empty conversation says it in its middle. */
+function Blocked() {
+  const { message } = state.server;
+  return html`<p class="hint">${serverStateText()}${message && `: ${message}`}</p>`;
 }
 
 function Invalid() {
-  const show = () => {
-    state.panel = "settings";
-    changed();
-  };
-  return html`<p class="invalid" role="alert">
-    ${t("invalid_settings")} <button type="button" class="link" onClick=${show}>${t("invalid_open")}</button>
+  return html`<p class="hint wrong" role="alert">
+    ${t("invalid_settings")}${" "}
+    <button type="button" class="link" onClick=${() => showPanel("settings")}>${t("invalid_open")}</button>
   </p>`;
 }

@@ -31,8 +31,10 @@ class Dialog extends Component {
 export class KeyDialog extends Component {
   state = { key: "" };
 
+  submit = () => this.state.key.trim() && useKey(this.state.key);
+
   render({ reason }, { key }) {
-    return html`<${Dialog} title=${t("key_title")} onClose=${closeKeyDialog} onSubmit=${() => key.trim() && useKey(key)}>
+    return html`<${Dialog} title=${t("key_title")} onClose=${closeKeyDialog} onSubmit=${this.submit}>
       ${reason === "missing" && html`<p>${t("key_missing")}</p>`}
       ${reason === "refused" && html`<p class="wrong" role="alert">${t("key_refused")}</p>`}
       <div class="field">

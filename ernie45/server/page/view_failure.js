@@ -15,11 +15,13 @@ export function Failure({ error, retry }) {
     <div>
       <h2>${t(title(error))}</h2>
       <p>${message}</p>
-      ${details.length > 0 &&
-      html`<details>
+      ${
+        details.length > 0 &&
+        html`<details>
         <summary>${t("error_details")}</summary>
         <dl>${details.map((name) => html`<dt>${name}</dt><dd>${String(error[name])}</dd>`)}</dl>
-      </details>`}
+      </details>`
+      }
       ${retry && html`<p class="retry"><${Countdown} until=${error.retryAt} text="error_wait">${button}<//></p>`}
     </div>
   </section>`;

@@ -10,7 +10,7 @@ export function LiveLine({ meter }) {
   const rate = meter.rate();
   const parts = [t("live_first", { seconds: number(first, 2) })];
   if (rate !== null) parts.push(t("live_rate", { rate: number(rate, rate < 10 ? 1 : 0) }));
-  return html`<p class="figures live"><span>${parts.join(" · ")}</span> <span class="note">${t("live_note")}</span></p>`;
+  return html`<p class="figures live">${joined(parts)} <span class="note">${t("live_note")}</span></p>`;
 }
 
 /** At the end: the server's counts, and the times that the page measured. */
@@ -26,7 +26,12 @@ export function UsageLine({ turn }) {
   if (typeof firstSeconds === "number") parts.push(t("live_first", { seconds: number(firstSeconds, 2) }));
   if (typeof rate === "number") parts.push(t("usage_rate", { rate: number(rate, rate < 10 ? 1 : 0) }));
   if (parts.length === 0) return null;
-  return html`<p class="figures" title=${t("usage_note")}>${parts.join(" · ")}</p>`;
+  return html`<p class="figures" title=${t("usage_note")}>${joined(parts)}</p>`;
+}
+
+/** Lines break between figures, not inside one. */
+function joined(parts) {
+  return parts.map((part, index) => html`${index > 0 && " · "}<span class="part">${part}</span>`);
 }
 
 function counted(name, count, partName, part) {

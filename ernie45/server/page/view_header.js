@@ -3,9 +3,10 @@
 import { askForKey } from "./connection.js";
 import { html } from "./html.js";
 import { Icon, IconButton } from "./icons.js";
+import { showPanel } from "./panel.js";
 import { serverStateText } from "./server_state.js";
 import { changeSettings, chosenModel, isDark, toggleTheme } from "./settings.js";
-import { changed, state } from "./store.js";
+import { state } from "./store.js";
 import { t } from "./strings.js";
 
 export function Header() {
@@ -36,11 +37,14 @@ export function Header() {
 
 function PanelButton({ panel, icon, label }) {
   const open = state.panel === panel;
-  const toggle = () => {
-    state.panel = open ? null : panel;
-    changed();
-  };
-  return html`<${IconButton} icon=${icon} label=${label} class=${`icon-button for-${panel}`} aria-expanded=${open} onClick=${toggle} />`;
+  const toggle = () => showPanel(open ? null : panel);
+  return html`<${IconButton}
+    icon=${icon}
+    label=${label}
+    class=${`icon-button for-${panel}`}
+    aria-expanded=${open}
+    onClick=${toggle}
+  />`;
 }
 
 function ModelChoice() {
@@ -66,5 +70,7 @@ function ServerState() {
     </button>`;
   }
   const kind = name === "ready" || name === "unreachable" ? name : "pending";
-  return html`<span class=${`server ${kind}`} role="status"><i class="dot"></i><span>${serverStateText()}</span></span>`;
+  return html`<span class=${`server ${kind}`} role="status">
+    <i class="dot"></i><span>${serverStateText()}</span>
+  </span>`;
 }

@@ -3,7 +3,7 @@
 import { check } from "./connection.js";
 import { Countdown } from "./countdown.js";
 import { Component, createRef, html } from "./html.js";
-import { Icon } from "./icons.js";
+import { Icon, IconButton } from "./icons.js";
 import { serverStateText } from "./server_state.js";
 import { changed, state } from "./store.js";
 import { t } from "./strings.js";
@@ -75,10 +75,10 @@ export class Log extends Component {
           ${state.storageError && html`<p class="notice">${t("storage_failed", { message: state.storageError })}</p>`}
         </div>
       </main>
-      ${!this.state.following &&
-      html`<button type="button" class="jump" aria-label=${t("jump_down")} title=${t("jump_down")} onClick=${this.jump}>
-        <${Icon} name="down" />
-      </button>`}
+      ${
+        !this.state.following &&
+        html`<${IconButton} icon="down" class="icon-button jump" label=${t("jump_down")} onClick=${this.jump} />`
+      }
     </div>`;
   }
 
@@ -112,7 +112,9 @@ function Empty() {
     <h1>${t("empty_title")}</h1>
     <p>${t("empty_note")}</p>
     <ul class="examples">
-      ${EXAMPLES.map((name) => html`<li key=${name}><button type="button" onClick=${fill(t(name))}>${t(name)}</button></li>`)}
+      ${EXAMPLES.map((name) => t(name)).map(
+        (text) => html`<li key=${text}><button type="button" onClick=${fill(text)}>${text}</button></li>`,
+      )}
     </ul>
   </section>`;
 }
@@ -122,14 +124,18 @@ function NotReady() {
   const { state: server, message, nextTry } = state.server;
   const loads = !["connecting", "locked", "unreachable"].includes(server);
   return html`<section class=${`empty not-ready ${server}`}>
-    ${server === "unreachable" || server === "locked"
-      ? html`<${Icon} name=${server === "locked" ? "key" : "warning"} />`
-      : html`<div class="spinner"></div>`}
+    ${
+      server === "unreachable" || server === "locked"
+        ? html`<${Icon} name=${server === "locked" ? "key" : "warning"} />`
+        : html`<div class="spinner"></div>`
+    }
     <h1>${serverStateText()}</h1>
     ${message && html`<p class="message">${message}</p>`}
     ${loads && html`<p>${t("server_wait")}</p>`}
-    ${server === "unreachable" &&
-    html`<p class="next"><${Countdown} until=${nextTry} text="server_next" /></p>
-      <button type="button" class="button" onClick=${check}>${t("server_try")}</button>`}
+    ${
+      server === "unreachable" &&
+      html`<p class="next"><${Countdown} until=${nextTry} text="server_next" /></p>
+      <button type="button" class="button" onClick=${check}>${t("server_try")}</button>`
+    }
   </section>`;
 }

@@ -4,17 +4,18 @@ import { setSystem } from "./chat.js";
 import { askForKey } from "./connection.js";
 import { html } from "./html.js";
 import { Icon, IconButton } from "./icons.js";
+import { Panel, showPanel } from "./panel.js";
 import { BUDGET, problem, rangeText, SAMPLING, STOP } from "./parameters.js";
 import { changeSettings, chosenModel, setValue } from "./settings.js";
-import { changed, state } from "./store.js";
+import { state } from "./store.js";
 import { number, t } from "./strings.js";
 
 export function SettingsPanel() {
   const model = chosenModel();
-  return html`<aside class="panel settings" aria-label=${t("settings")}>
+  return html`<${Panel} name="settings" tag="aside" label=${t("settings")}>
     <div class="panel-title">
       <h2>${t("settings")}</h2>
-      <${IconButton} icon="close" label=${t("close")} onClick=${close} />
+      <${IconButton} icon="close" label=${t("close")} onClick=${() => showPanel(null)} />
     </div>
     <label class="field">
       <span>${t("settings_system")}</span>
@@ -25,16 +26,23 @@ export function SettingsPanel() {
         onInput=${(event) => setSystem(event.target.value)}
       ></textarea>
     </label>
-    ${model?.thinks && html`<h3>${t("settings_thinking")}</h3>
-      <${Field} parameter=${BUDGET} maxLength=${model.maxLength} />`}
+    ${
+      model?.thinks &&
+      html`<h3>${t("settings_thinking")}</h3>
+      <${Field} parameter=${BUDGET} maxLength=${model.maxLength} />`
+    }
     <h3>${t("settings_sampling")}</h3>
     <p class="note">${t("settings_note")}</p>
-    ${[...SAMPLING, STOP].map((parameter) => html`<${Field} key=${parameter.name} parameter=${parameter} maxLength=${model?.maxLength} />`)}
+    ${[...SAMPLING, STOP].map(
+      (parameter) => html`<${Field} key=${parameter.name} parameter=${parameter} maxLength=${model?.maxLength} />`,
+    )}
     <button type="button" class="button" disabled=${!anySet()} onClick=${reset}>${t("settings_reset")}</button>
     <h3>${t("settings_server")}</h3>
     ${model?.maxLength && html`<p class="note">${t("settings_context", { n: number(model.maxLength) })}</p>`}
-    <button type="button" class="button" onClick=${() => askForKey("change")}><${Icon} name="key" />${t("key_change")}</button>
-  </aside>`;
+    <button type="button" class="button" onClick=${() => askForKey("change")}>
+      <${Icon} name="key" />${t("key_change")}
+    </button>
+  <//>`;
 }
 
 function Field({ parameter, maxLength }) {
@@ -51,9 +59,11 @@ function Field({ parameter, maxLength }) {
   };
   return html`<div class=${`field ${parameter.lines ? "" : "short"}`}>
     <label for=${`set-${name}`}>${t(`p_${name}`)}<code>${name}</code></label>
-    ${parameter.lines
-      ? html`<textarea rows="2" ...${attributes}></textarea>`
-      : html`<input type="text" inputmode="decimal" autocomplete="off" ...${attributes} />`}
+    ${
+      parameter.lines
+        ? html`<textarea rows="2" ...${attributes}></textarea>`
+        : html`<input type="text" inputmode="decimal" autocomplete="off" ...${attributes} />`
+    }
     <small id=${`about-${name}`} class=${wrong ? "wrong" : ""}>${wrong || rangeText(parameter, maxLength)}</small>
   </div>`;
 }
@@ -64,9 +74,4 @@ function anySet() {
 
 function reset() {
   changeSettings({ values: {} });
-}
-
-function close() {
-  state.panel = null;
-  changed();
 }

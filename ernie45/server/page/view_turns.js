@@ -88,7 +88,7 @@ export class Answer extends Turn {
       ${turn.reasoning && html`<${Thought} turn=${turn} run=${run} />`}
       ${turn.text && html`<div class="text">${markdown(turn.text)}</div>`}
       ${turn.calls.map((call) => html`<${Call} ...${call} />`)}
-      ${waiting && html`<p class="waiting"><i class="dot"></i>${t("waiting", { seconds: number(run.meter.elapsed(), 1) })}</p>`}
+      ${waiting && html`<${Waiting} seconds=${run.meter.elapsed()} />`}
       ${!run && html`<${End} turn=${turn} />`}
       ${turn.error && html`<${Failure} error=${turn.error} retry=${idle ? regenerate : null} />`}
       <div class="actions">
@@ -100,12 +100,19 @@ export class Answer extends Turn {
   }
 }
 
+function Waiting({ seconds }) {
+  return html`<p class="waiting"><i class="dot"></i>${t("waiting", { seconds: number(seconds, 1) })}</p>`;
+}
+
 /** The thought: open while it lasts, then folded, with how long it took and how many tokens the server counted. */
 function Thought({ turn, run }) {
   const lasts = run !== null && run.meter.thoughtEnd === null;
   const seconds = run ? run.meter.thoughtSeconds() : turn.thoughtSeconds;
   const tokens = turn.usage?.completion_tokens_details?.reasoning_tokens;
-  const title = typeof seconds === "number" ? t(lasts ? "thinking" : "thought", { seconds: number(seconds, 1) }) : t("thought_untimed");
+  const title =
+    typeof seconds === "number"
+      ? t(lasts ? "thinking" : "thought", { seconds: number(seconds, 1) })
+      : t("thought_untimed");
   return html`<details class=${`thought ${lasts ? "lasts" : ""}`} open=${lasts}>
     <summary>
       <${Icon} name="chevron" />

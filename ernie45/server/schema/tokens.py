@@ -20,7 +20,7 @@ class TokenizeRequest(BaseModel):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool | None = None
     """Understood, and of no effect: text is taken as it stands, and templates write their own."""
@@ -73,6 +73,8 @@ class ModelCard(BaseModel):
     context_length: int
     """Tokens that the model's positions reach."""
     capabilities: list[str]
+    thinking: Literal["never", "optional", "always"]
+    """Whether requests may switch it."""
     kind: str
     weights: str
     parameters: int
