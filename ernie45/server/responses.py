@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ernie45.engine.request import Usage
+from ernie45.errors import ContextLengthError
 from ernie45.server.answering import Answering, Delta, FinishReason, Plan
 from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone
 from ernie45.server.blocks import Block, Blocks, Step
@@ -43,7 +44,10 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     unknown = body.unknown_fields()
     plan = await service.in_thread(responses_plan, service, body)
     service.check_plans([plan])
-    answering = await service.answer([plan], caller_of(request))
+    try:
+        answering = await service.answer([plan], caller_of(request))
+    except ContextLengthError as error:
+        raise ContextLengthError(str(error).replace("max_tokens", "max_output_tokens")) from error
     writer = _Writer(service, body, plan, answering)
     headers = extra_headers(request, unknown)
     if body.stream:

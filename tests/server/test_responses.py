@@ -404,7 +404,7 @@ def test_harmless_fields_are_taken_and_unknown_ones_named(server: Served) -> Non
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'huge'"),
         ({"reasoning": {"summary": "concise"}}, "reasoning.summary", "'concise'"),
         ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0"),
-        ({"max_output_tokens": 5000}, None, "5000"),
+        ({"max_output_tokens": 5000}, None, "max_output_tokens is 5000"),
         ({"temperature": 3}, "temperature", "temperature is 3"),
         ({"top_p": 0}, "top_p", "top_p is 0"),
         ({"include": ["message.output_text.logprobs"]}, "include[0]", "include[0] is 'message.output_text.logprobs'"),
@@ -462,7 +462,8 @@ def test_the_clients_errors_have_their_classes(server: Served, client: Any) -> N
 
 
 def test_models_without_tools_and_thinking(plain_server: Served) -> None:
-    answer = plain_server.post("/v1/responses", {"input": "Hi", "max_output_tokens": 4, "min_tokens": 4}).json()
+    body = {"input": "Hi", "max_output_tokens": 4, "min_tokens": 4, "reasoning": {"effort": "low", "summary": "auto"}}
+    answer = plain_server.post("/v1/responses", body).json()
     assert [item["type"] for item in answer["output"]] == ["message"]
     refused = plain_server.post("/v1/responses", {"input": "Hi", "tools": [TOOL]})
     assert (refused.status_code, "has no tools" in refused.text) == (400, True)
