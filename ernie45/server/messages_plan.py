@@ -65,7 +65,7 @@ def messages_plan(service: Service, body: CountRequest) -> Plan:
             "top_p": body.top_p,
         }
     tools = [f"tools[{idx}]" for idx in range(len(body.tools or ()))]
-    names = Names(fields=_NAMES, messages=conversation.places, tools=tools, parameters="input_schema")
+    names = Names(fields=_NAMES, conversation=conversation, tools=tools, parameters="input_schema")
     return translated_plan(service, fields, names)
 
 
@@ -84,47 +84,39 @@ def _add_turn(conversation: Conversation, place: str, turn: Turn) -> None:
         return
     told: list[dict[str, Any]] = []
     for idx, block in enumerate(blocks):
+        where = f"{place}.content[{idx}]"
         match block:
             case TextBlock() | ImageBlock():
-                told.append(_part(block, f"{place}.content[{idx}]"))
+                told.append(_part(block, where))
             case ToolResultBlock() if turn.role == "user":
                 if told:
                     conversation.add(place, turn.role, content=told)
                     told = []
-                where = f"{place}.content[{idx}]"
                 conversation.add(where, "tool", tool_call_id=block.tool_use_id, content=_result(block, where))
             case _:
-                raise RequestError(
-                    f"{place}.content[{idx}] is a {block.type} block, which a {turn.role} turn cannot have"
-                )
+                raise RequestError(f"{where} has the type {block.type}, which no turn of the {turn.role} has")
     if told or not blocks:
         conversation.add(place, turn.role, content=told)
 
 
 def _add_answer(conversation: Conversation, place: str, blocks: list[Block]) -> None:
+    message = conversation.add(place, "assistant", content="")
     thoughts: list[str] = []
-    texts: list[str] = []
-    calls: list[dict[str, Any]] = []
     for idx, block in enumerate(blocks):
+        where = f"{place}.content[{idx}]"
         match block:
             case TextBlock():
-                texts.append(block.text)
+                message["content"] += block.text
             case ThinkingBlock():
                 thoughts.append(block.thinking or unpacked(block.signature) or "")
             case ToolUseBlock():
-                function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
-                calls.append({"id": block.id, "type": "function", "function": function})
+                conversation.add_call(where, block.id, block.name, json.dumps(block.input, ensure_ascii=False))
             case RedactedThinkingBlock():
                 pass
             case _:
-                raise RequestError(
-                    f"{place}.content[{idx}] is a {block.type} block, which an assistant turn cannot have"
-                )
-    message = conversation.add(place, "assistant", content="".join(texts))
+                raise RequestError(f"{where} has the type {block.type}, which no turn of the assistant has")
     if thought := "\n".join(filter(None, thoughts)):
         message["reasoning_content"] = thought
-    if calls:
-        message["tool_calls"] = calls
 
 
 def _result(block: ToolResultBlock, where: str) -> list[dict[str, Any]]:

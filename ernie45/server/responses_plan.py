@@ -27,6 +27,7 @@ from ernie45.server.service import Service
 from ernie45.server.translation import Conversation, Names, translated_plan
 
 _NAMES = {
+    "messages": "input",
     "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
@@ -63,7 +64,7 @@ def responses_plan(service: Service, body: ResponsesRequest) -> Plan:
         "stop": body.stop,
         "metadata": body.metadata,
     }
-    names = Names(fields=_NAMES, messages=conversation.places, tools=[f"tools[{idx}]" for idx, _ in tools])
+    names = Names(fields=_NAMES, conversation=conversation, tools=[f"tools[{idx}]" for idx, _ in tools])
     return translated_plan(service, fields, names)
 
 
@@ -98,9 +99,8 @@ def _add_item(conversation: Conversation, place: str, item: InputItem) -> None:
         case InputMessage():
             conversation.add(place, item.role, content=_parts(item.content))
         case FunctionCallItem():
-            function = {"name": item.name, "arguments": item.arguments}
-            call = {"id": item.call_id, "type": "function", "function": function}
-            _assistant(conversation, place, before=()).setdefault("tool_calls", []).append(call)
+            _assistant(conversation, place, before=())
+            conversation.add_call(place, item.call_id, item.name, item.arguments)
         case FunctionCallOutputItem():
             conversation.add(place, "tool", tool_call_id=item.call_id, content=_parts(item.output))
 

@@ -18,7 +18,8 @@ from ernie45.server.errors import ApiError
 from ernie45.server.schema.chat import ChatRequest
 from ernie45.server.service import Service
 
-_LISTED = re.compile(r"\b(messages|tools)\[(\d+)\](?:\.function\b(\.parameters\b)?)?")
+_MESSAGE = re.compile(r"\bmessages\[(\d+)\](?:\.tool_calls\[(\d+)\](?:\.function\b)?)?")
+_TOOL = re.compile(r"\btools\[(\d+)\](?:\.function\b(\.parameters\b)?)?")
 
 
 @dataclass(kw_only=True)
@@ -27,13 +28,22 @@ class Conversation:
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    call_places: list[list[str]] = field(default_factory=list)
+    """By message."""
 
     def add(self, place: str, role: str, **fields: Any) -> dict[str, Any]:
         """A message more."""
         message = {"role": role, **fields}
         self.messages.append(message)
         self.places.append(place)
+        self.call_places.append([])
         return message
+
+    def add_call(self, place: str, call_id: str, name: str, arguments: str) -> None:
+        """A call more in the last message."""
+        call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+        self.messages[-1].setdefault("tool_calls", []).append(call)
+        self.call_places[-1].append(place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +51,33 @@ class Names:
     """What the fields of a chat request are called in the request that it was made of."""
 
     fields: Mapping[str, str]
-    messages: Sequence[str]
-    """Place of each."""
+    conversation: Conversation
     tools: Sequence[str] = ()
+    """Place of each."""
     parameters: str = "parameters"
     """Where a tool has the schema of its arguments."""
 
     def renamed(self, text: str) -> str:
         """A message, or a path, in the client's words."""
-
-        def place(found: re.Match[str]) -> str:
-            places, idx = (self.messages if found[1] == "messages" else self.tools), int(found[2])
-            if idx >= len(places):
-                return found[0]
-            return f"{places[idx]}.{self.parameters}" if found[3] else places[idx]
-
-        text = _LISTED.sub(place, text)
+        text = _TOOL.sub(self._tool, _MESSAGE.sub(self._message, text))
         for ours, theirs in self.fields.items():
-            text = re.sub(rf"(?<![\w.]){re.escape(ours)}(?!\w)", theirs, text)
+            text = re.sub(rf"(?<![\w.]){re.escape(ours)}(?![\w\[])", theirs, text)
         return text
+
+    def _message(self, found: re.Match[str]) -> str:
+        idx = int(found[1])
+        if idx >= len(self.conversation.places):
+            return found[0]
+        calls = self.conversation.call_places[idx]
+        if found[2] is None or int(found[2]) >= len(calls):
+            return self.conversation.places[idx]
+        return calls[int(found[2])]
+
+    def _tool(self, found: re.Match[str]) -> str:
+        idx = int(found[1])
+        if idx >= len(self.tools):
+            return found[0]
+        return f"{self.tools[idx]}.{self.parameters}" if found[2] else self.tools[idx]
 
 
 def translated_plan(service: Service, fields: Mapping[str, Any], names: Names) -> Plan:

@@ -421,11 +421,11 @@ def test_betas_are_ignored_and_said_to_be(client: Any) -> None:
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]}]},
-            "messages[0].content[0] is a tool_use block, which a user turn cannot have",
+            "messages[0].content[0] has the type tool_use, which no turn of the user has",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_result", "tool_use_id": "c"}]}]},
-            "messages[1].content[0] is a tool_result block",
+            "messages[1].content[0] has the type tool_result, which no turn of the assistant has",
         ),
         (
             {"messages": [USER, {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}]}]},

@@ -19,7 +19,16 @@ class InputText(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    type: Literal["input_text", "output_text", "reasoning_text", "summary_text"]
+    type: Literal["input_text", "output_text"]
+    text: str
+
+
+class ThoughtText(BaseModel):
+    """Text of a thought."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
@@ -91,8 +100,8 @@ class ReasoningItem(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     type: Literal["reasoning"]
-    summary: list[InputText] = []
-    content: list[InputText] | None = None
+    summary: list[ThoughtText] = []
+    content: list[ThoughtText] | None = None
     encrypted_content: str | None = None
 
 
