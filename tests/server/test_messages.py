@@ -328,6 +328,7 @@ def test_a_last_turn_of_the_assistant_is_gone_on_with(plain_server: Served) -> N
 
 def test_an_omitted_thought_comes_back_in_its_signature(server: Served) -> None:
     shown = post(server)["content"][0]
+    assert post(server, thinking={**THINKING, "display": "summarized"})["content"][0] == shown
     hidden = post(server, thinking={**THINKING, "display": "omitted"})["content"][0]
     assert hidden["thinking"] == ""
     call = {"type": "tool_use", "id": "c1", "name": "f", "input": {}}
@@ -336,7 +337,9 @@ def test_an_omitted_thought_comes_back_in_its_signature(server: Served) -> None:
     def tokens(*thoughts: dict[str, Any]) -> int:
         return count(server, messages=[USER, {"role": "assistant", "content": [*thoughts, call]}, result])
 
-    assert tokens(shown) == tokens(hidden) > tokens() == tokens({**hidden, "signature": "of another server"})
+    assert tokens(shown) == tokens(hidden) > tokens()
+    for signature in ("of another server", "ernie45.thought.x", "ernie45.thought._w==", "ernie45.thought.é"):
+        assert tokens({**hidden, "signature": signature}) == tokens()
 
 
 # Fields
@@ -386,6 +389,10 @@ def test_harmless_fields_are_taken_and_unknown_ones_named(server: Served) -> Non
         "metadata": {"user_id": "u"},
         "service_tier": "standard_only",
         "cache_control": {"type": "ephemeral"},
+        "diagnostics": {"previous_message_id": None},
+        "user_profile_id": "u",
+        "workspace_id": "w",
+        "speed": "standard",
         "container": None,
         "fancy_new": 1,
     }
@@ -449,6 +456,12 @@ def test_betas_are_ignored_and_said_to_be(client: Any) -> None:
         ({"mcp_servers": [{"name": "x"}]}, "mcp_servers is not supported"),
         ({"container": "c"}, "container is not supported"),
         ({"context_management": {"edits": []}}, "shorten the messages"),
+        ({"thinking": {"type": "between_tools"}}, "thinking.type is 'between_tools'"),
+        ({"thinking": {"type": "adaptive", "display": "full"}}, "thinking.display is 'full'"),
+        ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading is True"),
+        ({"tools": [{**TOOL, "allowed_callers": ["code_execution_20250825"]}]}, "tools[0].allowed_callers[0] is"),
+        ({"inference_geo": "eu"}, "inference_geo is not supported"),
+        ({"speed": "fast"}, "speed is not supported"),
         ({"service_tier": "priority"}, "service_tier is not supported"),
         ({"n": 2}, "n is a field of /chat/completions"),
     ],

@@ -349,11 +349,34 @@ def test_seed_temperature_top_p_and_stop_have_an_effect(server: Served) -> None:
     assert texts(stopped)[-1] == text.split(stop)[0]
 
 
+@pytest.mark.parametrize("fields", [{"top_k": 1}, {"min_p": 1.0}])
+def test_fields_of_chat_that_narrow_the_choice(server: Served, fields: dict[str, Any]) -> None:
+    base = {"temperature": 1.5, "max_output_tokens": 30, **fields}
+    assert texts(post(server, **base, **{"seed": 1})) == texts(post(server, **base, **{"seed": 2}))
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "repetition_penalty"])
+def test_fields_of_chat_that_penalize(server: Served, name: str) -> None:
+    base = {"temperature": 0, "max_output_tokens": 60, "min_tokens": 60}
+    assert texts(post(server, **base, **{name: 2})) != texts(post(server, **base))
+
+
+def test_another_cache_salt_finds_nothing_cached(server: Served) -> None:
+    def cached(**fields: Any) -> int:
+        usage = post(server, input="salted again " * 12, max_output_tokens=1, **fields)["usage"]
+        return int(usage["input_tokens_details"]["cached_tokens"])
+
+    cached()
+    assert cached() > 0 == cached(cache_salt="other")
+
+
 def test_thoughts_can_be_summaries(server: Served) -> None:
     plain, summed = post(server), post(server, reasoning={"summary": "auto", "effort": "low"})
     assert summed["output"][0]["summary"][0]["text"] == plain["output"][0]["content"][0]["text"]
     assert "content" not in summed["output"][0]
     assert summed["reasoning"] == {"effort": "low", "summary": "auto"}
+    older = post(server, reasoning={"generate_summary": "detailed", "context": "auto", "mode": "standard"})
+    assert older["output"][0]["summary"] == summed["output"][0]["summary"]
 
 
 def test_a_limit_on_thoughts_ends_them(server: Served) -> None:
@@ -409,6 +432,22 @@ def test_harmless_fields_are_taken_and_unknown_ones_named(server: Served) -> Non
         ({"reasoning": {"effort": "none"}}, None, "always thinks"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort", "'huge'"),
         ({"reasoning": {"summary": "concise"}}, "reasoning.summary", "'concise'"),
+        ({"reasoning": {"context": "all_turns"}}, "reasoning.context", "'all_turns'"),
+        ({"reasoning": {"mode": "pro"}}, "reasoning.mode", "'pro'"),
+        ({"reasoning": {"max_tokens": 5}}, "reasoning.max_tokens", "not permitted"),
+        ({"metadata": {"enable_thinking": "false"}}, None, "always thinks"),
+        ({"reasoning_max_tokens": -1}, "reasoning_max_tokens", "is -1"),
+        ({"stop": [""]}, "stop[0]", "stop[0] is ''"),
+        ({"top_k": -2}, "top_k", "top_k is -2"),
+        ({"min_p": 2}, "min_p", "min_p is 2"),
+        ({"min_tokens": -1}, "min_tokens", "min_tokens is -1"),
+        ({"presence_penalty": 3}, "presence_penalty", "is 3"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "is 3"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "is 0"),
+        ({"cache_salt": ""}, "cache_salt", "cache_salt is ''"),
+        ({"image": {"context_compression": "auto"}}, "image", "not supported"),
+        ({"access_programs": {"cyber": "standard"}}, "access_programs", "not supported"),
+        ({"background_options": {}}, "background_options", "not supported"),
         ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens is 0"),
         ({"max_output_tokens": 5000}, None, "max_output_tokens is 5000"),
         ({"temperature": 3}, "temperature", "temperature is 3"),
