@@ -88,7 +88,7 @@ def _checked(request: Request, service: Service, body: CountRequest) -> list[str
 def called_input(arguments: str) -> dict[str, Any]:
     """A call's input: an object, whatever the model wrote; of one that was cut, what is complete."""
     try:
-        found = from_json(arguments or "{}", allow_partial=True)
+        found = from_json(arguments or "{}", allow_inf_nan=False, allow_partial=True)
     except ValueError:
         found = None
     return found if isinstance(found, dict) else {"INVALID_JSON": arguments}  # the name that Anthropic's documents give
