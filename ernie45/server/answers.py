@@ -15,7 +15,7 @@ from ernie45.server.asgi import error_bytes, json_bytes
 from ernie45.server.errors import ApiError, api_error
 from ernie45.server.keys import Caller
 from ernie45.server.service import Service
-from ernie45.server.stream import EventStream
+from ernie45.server.stream import KEEP_ALIVE, EventStream
 
 _Result = TypeVar("_Result")
 
@@ -70,10 +70,11 @@ def streamed(
     frames: AsyncIterator[bytes],
     headers: dict[str, str],
     on_error: Callable[[ApiError], bytes] | None = None,
+    keep_alive: bytes = KEEP_ALIVE,
 ) -> EventStream:
     """A stream of frames.
 
-    Args: on_error: the last frames of a stream that fails; None: OpenAI's, an event of the error.
+    Args: on_error: the last frames of a stream that fails; None: OpenAI's, an event of the error. keep_alive: sent in silence.
     """
     config = service_of(request).config
 
@@ -93,6 +94,7 @@ def streamed(
         keep_alive_s=config.keep_alive_s,
         write_timeout_s=config.limits.write_timeout_s,
         headers=headers,
+        keep_alive=keep_alive,
     )
 
 

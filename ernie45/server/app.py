@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from ernie45 import __version__
 from ernie45.errors import Ernie45Error
-from ernie45.server import chat, completions, operations, tokens
+from ernie45.server import chat, completions, messages, operations, responses, tokens
 from ernie45.server.asgi import error_bytes
 from ernie45.server.body import invalid
 from ernie45.server.errors import ApiError, api_error
@@ -51,7 +51,14 @@ def build_app(service: Service) -> ASGIApp:
     api.state.log_failure = log_failure
     for prefix in PREFIXES:
         documented = prefix == PREFIXES[0]  # one of three equal ones is enough to read
-        for router in (operations.models, chat.router, completions.router, tokens.router):
+        for router in (
+            operations.models,
+            chat.router,
+            completions.router,
+            responses.router,
+            messages.router,
+            tokens.router,
+        ):
             api.include_router(router, prefix=prefix, include_in_schema=documented)
     api.include_router(tokens.router, include_in_schema=False)
     api.include_router(operations.probes)

@@ -69,7 +69,7 @@ def chat_plan(service: Service, request: ChatRequest) -> Plan:
         format=tokenizer.answer_format,
         start=tokenizer.answer_start(prompt) if begun is None else "text",
         tools=bool(tool_use.tools),
-        parallel_calls=tool_use.parallel,
+        parallel_calls=tool_use.parallel or tool_use.forced,  # where a grammar forces a call, it stops after one
     )
     return Plan(
         prompt=tuple(prompt),

@@ -17,7 +17,7 @@ from ernie45.server.connection import cut
 _logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-_KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 _TICK_S = 0.5
 
 
@@ -44,13 +44,14 @@ class EventStream(Response):
         keep_alive_s: float,
         write_timeout_s: float,
         headers: Mapping[str, str] | None = None,
+        keep_alive: bytes = KEEP_ALIVE,
     ) -> None:
-        """Args: keep_alive_s: silence before a comment is sent. write_timeout_s: how long the client may not read."""
+        """Args: keep_alive_s: silence before `keep_alive` is sent. write_timeout_s: how long the client may not read."""
         super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self.headers["content-type"] = "text/event-stream; charset=utf-8"
         self._frames, self._on_end = frames, on_end
-        self._keep_alive_s, self._write_timeout_s = keep_alive_s, write_timeout_s
+        self._keep_alive, self._keep_alive_s, self._write_timeout_s = keep_alive, keep_alive_s, write_timeout_s
         self._sending_since: float | None = None
         self._sent_at = time.monotonic()
         self._lock = asyncio.Lock()
@@ -87,7 +88,7 @@ class EventStream(Response):
             self._sent_at = time.monotonic()
 
     async def _watch(self, scope: Scope, send: Send) -> None:
-        """Comments in silence; an end to a client that does not read. One timer for the stream, none per token."""
+        """Signs of life in silence; an end to a client that does not read. One timer for the stream, none per token."""
         while True:
             await asyncio.sleep(min(_TICK_S, self._keep_alive_s))
             now, since = time.monotonic(), self._sending_since
@@ -97,7 +98,7 @@ class EventStream(Response):
                     cut(scope)
                     return
             elif now - self._sent_at >= self._keep_alive_s:
-                await self._send(send, _KEEP_ALIVE)
+                await self._send(send, self._keep_alive)
 
 
 async def _gone(receive: Receive) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import ernie45
+from tests.server.served import Served
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -66,6 +67,28 @@ def test_convert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_drafts(capsys: pytest.CaptureFixture[str]) -> None:
     _main("drafts.py")()
     assert "by the block's guess" in capsys.readouterr().out
+
+
+def test_responses(served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openai", reason="openai is not installed: pip install ernie45[clients]")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{served.url}/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", served.key)
+    _main("responses.py")()
+    printed = capsys.readouterr().out
+    assert re.search(r"\[[0-9]+ tokens, [0-9]+ of them thought\]\n", printed)
+    assert re.search(r": [0-9]+ days\nweather\(\{.*'days': [0-9]+", printed, re.DOTALL)
+
+
+def test_anthropic_messages(
+    served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("anthropic", reason="anthropic is not installed: pip install ernie45[clients]")
+    monkeypatch.setenv("ANTHROPIC_BASE_URL", served.url)
+    monkeypatch.setenv("ANTHROPIC_API_KEY", served.key)
+    _main("anthropic_messages.py")()
+    printed = capsys.readouterr().out
+    assert re.match(r"[0-9]+ tokens with the tool\n", printed)
+    assert re.search(r"\[[0-9]+ tokens, ended by (end_turn|max_tokens)\]\nweather\(\{'city': ", printed)
 
 
 def test_every_example_is_short_and_tested() -> None:
