@@ -14,7 +14,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[3] / "examples" / "clients"
 NEEDS = {"sample.py": "openai", "tools.py": "openai", "handoff.py": "agents", "extract.py": "langchain_openai"}
 PROMISED = {
-    "sample.py": r".",
+    "sample.py": r"\n$",  # behind whatever a random model says, if anything
     "tools.py": r"^count\((apples\) = 12|pears\) = 0)\n",
     "handoff.py": r"^Billing: The invoice of (May|June) is over 12 euros and unpaid\.\n$",
     "extract.py": r"^[a-z ]{2,20}: (refund|repair|replacement|none), anger ([0-9]|10) of 10\n$",

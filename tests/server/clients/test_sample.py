@@ -46,7 +46,7 @@ def test_the_python_sample(
     monkeypatch.setenv("OPENAI_BASE_URL", default_environment.url + prefix)
     monkeypatch.setenv("ERNIE_MAX_TOKENS", "30")
     runpy.run_path(str(SAMPLE))["main"](stream)
-    assert len(capsys.readouterr().out) > 1
+    assert capsys.readouterr().out.endswith("\n")  # a random model may say nothing before it
 
 
 def curl(served: Served, body: bytes, key: str) -> tuple[int, str]:
