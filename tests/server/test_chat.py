@@ -99,6 +99,7 @@ def test_seeds_repeat_and_temperature_zero_is_greedy(server: Served) -> None:
 
     assert text(seed=5, temperature=1.5) == text(seed=5, temperature=1.5)
     assert text(seed=5, temperature=1.5) != text(seed=6, temperature=1.5)
+    assert text(seed=-1, temperature=1.5) != text(seed=-1, temperature=1.5)
     assert text(temperature=0, seed=1) == text(temperature=0, seed=2)
 
 

@@ -97,7 +97,8 @@ class SamplingFields(BaseModel):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
+    """-1, as some programs write it, draws one."""
     stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=_MAX_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -178,7 +179,7 @@ def sampling_params(
         "min_p": fields.min_p,
         "n": fields.n,
         "best_of": fields.best_of,
-        "seed": fields.seed,
+        "seed": None if fields.seed == -1 else fields.seed,
         "stop": fields.stop,
         "stop_token_ids": fields.stop_token_ids,
         "include_stop_str_in_output": fields.include_stop_str_in_output,
