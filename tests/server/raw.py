@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import socket
@@ -40,7 +41,7 @@ def connect(served: Served, *, receive_bytes: int | None = None) -> socket.socke
     sock = socket.socket()
     if receive_bytes is not None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
-    sock.settimeout(30)
+    sock.settimeout(15)
     sock.connect((parts.hostname, parts.port))
     return sock
 
@@ -55,17 +56,16 @@ def post(path: str, body: bytes, headers: str = AUTH) -> bytes:
     return head(path, method="POST", headers=f"{headers}Content-Length: {len(body)}\r\n") + body
 
 
-def exchange(served: Served, *pieces: bytes | Iterable[bytes]) -> Reply:
+def exchange(served: Served, first: bytes, rest: Iterable[bytes] = ()) -> Reply:
     """Send, as far as the server takes it, and read one answer. Status 0: the connection was closed without one."""
     with connect(served) as sock:
         start = time.monotonic()
         try:
-            for piece in pieces:
-                for part in [piece] if isinstance(piece, bytes) else piece:
-                    sock.sendall(part)
+            for part in itertools.chain([first], rest):
+                sock.sendall(part)
         except (BrokenPipeError, ConnectionResetError):
             pass
-        reply = read_reply(sock)
+        reply = read_reply(sock, has_body=first[:5] != b"HEAD ")
         reply.seconds = time.monotonic() - start
         return reply
 

@@ -1,6 +1,6 @@
 """`ernie`, with settings that its command line has no options for, because nobody but a test wants them small.
 
-    python tests/server/tuned_server.py '{"limits": {"header_timeout_s": 1}, "stall_s": 2}' serve MODEL ...
+python tests/server/tuned_server.py '{"limits": {"header_timeout_s": 1}, "stall_s": 2}' serve MODEL ...
 """
 
 from __future__ import annotations
