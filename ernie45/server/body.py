@@ -15,13 +15,14 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
+from ernie45.server.asgi import header
 from ernie45.server.errors import ApiError
 
 MAX_DEPTH = 64
 """Levels that JSON may be nested; tool schemas take about 10."""
 
 
-MAX_COMMAS = 500_000
+MAX_COMMAS = 200_000
 """Bounds the number of values, and with it the time that they take; a prompt of ids has 131,072."""
 
 
@@ -51,7 +52,9 @@ class JsonRoute(APIRoute):
 
         async def strict(request: Request) -> Response:
             if request.method == "POST":
-                kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+                if header(request.scope, b"content-type") is None:
+                    request.scope["headers"].append((b"content-type", b"application/json"))  # FastAPI insists on one
+                kind = request.headers["content-type"].split(";")[0].strip().lower()
                 if kind != "application/json":
                     raise ApiError(
                         415, f"content-type is {kind!r}, expected application/json", code="unsupported_media_type"
