@@ -233,7 +233,9 @@ class EngineClient:
         watch = asyncio.create_task(self._watch(), name="engine watchdog")
         try:
             await self._listen(reader)
-        except (TransferError, OSError) as error:
+        except OSError:
+            pass  # it has closed its end with something unread: how it ended, `_reap` finds out
+        except TransferError as error:
             _logger.error("the engine's process is not understood, and killed: %s", error)
             self._kill()
         finally:

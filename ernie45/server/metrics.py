@@ -51,10 +51,15 @@ class Metrics:
         label = ["model_name"]
 
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(_OWN + name, text, [*label, *labels], registry=own)
+            made = Counter(_OWN + name, text, [*label, *labels], registry=own)
+            if not labels:
+                made.labels(model)  # 0 from the beginning: a rate over a series that is not there is none
+            return made
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(_OWN + name, text, label, buckets=buckets, registry=own)
+            made = Histogram(_OWN + name, text, label, buckets=buckets, registry=own)
+            made.labels(model)
+            return made
 
         self._model = model
         self._http = counter("http_requests", "Answers by route and status.", "route", "status")
