@@ -24,9 +24,9 @@ _REASONS = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorBody, "description": reason} for status, reason in _REASONS.items()
 }
-PROBE_ERRORS = {status: ERRORS[status] for status in (400, 413, 415, 421, 431)}
+PROBE_ERRORS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (400, 413, 415, 421, 431)}
 """Where no key is asked for."""
-READ_ERRORS = {401: ERRORS[401], **PROBE_ERRORS}
+READ_ERRORS: dict[int | str, dict[str, Any]] = {401: ERRORS[401], **PROBE_ERRORS}
 """Where nothing is computed."""
 JSON_OR_STREAM: dict[int | str, dict[str, Any]] = {
     200: {

@@ -64,6 +64,8 @@ class Metrics:
         self._model = model
         self._http = counter("http_requests", "Answers by route and status.", "route", "status")
         self._finished = counter("request_success", "Choices that ended, by reason.", "finished_reason")
+        for reason in ("stop", "length", "tool_calls"):
+            self._finished.labels(model, reason)
         self._failed = counter("request_failure", "Requests that ended without an answer: aborted, failed.")
         self._prompt = counter("prompt_tokens", "Prompt tokens.")
         self._cached = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")

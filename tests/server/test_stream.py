@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-import httpx
 import pytest
 
 from ernie45.server.stream import DONE, EventStream, data, named
@@ -64,7 +63,8 @@ def test_silence_is_filled_with_comments() -> None:
         yield DONE
 
     async def check() -> None:
-        wire, ended = Wire(), []
+        wire = Wire()
+        ended: list[str] = []
         await stream(frames(), ended)({"type": "http"}, wire.receive, wire.send)
         assert ended == ["end"]
         assert wire.body.startswith(b"data: 1\n\n: keep-alive\n\n")
@@ -93,7 +93,8 @@ def test_every_way_out_closes_the_frames_and_says_so_once(way: str) -> None:
             closed.append("frames")
 
     async def check() -> None:
-        wire, ended = Wire(), []
+        wire = Wire()
+        ended: list[str] = []
         if way == "cannot begin":
             wire.reads.clear()
         running = asyncio.create_task(stream(frames(), ended)({"type": "http"}, wire.receive, wire.send))
@@ -215,9 +216,8 @@ def test_a_request_that_takes_too_long_is_a_504(start: Callable[..., Served]) ->
     served = start("ernie", "--max-model-len", "4096", "--request-timeout", "0.2")
     whole = served.post(CHAT, body(False))
     assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
-    with httpx.Client(base_url=served.url, headers=served.headers, timeout=30) as client:
-        with client.stream("POST", CHAT, json=body(True)) as response:
-            lines = [line for line in response.iter_lines() if line]
+    with served.client() as client, client.stream("POST", CHAT, json=body(True)) as response:
+        lines = [line for line in response.iter_lines() if line]
     assert response.status_code == 200
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
     wait_idle(served)
