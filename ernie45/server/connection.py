@@ -76,6 +76,7 @@ class Connection(H11Protocol):
         for timer in (self._header_timer, self._discard_timer, self._unread_timer):
             if timer is not None:
                 timer.cancel()
+        self._unset_keepalive_if_required()  # uvicorn keeps it after a reset, and all of the connection with it
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:

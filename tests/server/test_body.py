@@ -159,8 +159,7 @@ def _chunks(size: int) -> Iterator[bytes]:
     return itertools.repeat(piece, size >> 20)
 
 
-@pytest.mark.parametrize("key", [AUTH, ""])
-@pytest.mark.parametrize("path", [CHAT, "/v1/nothing", "/health"])
+@pytest.mark.parametrize(("path", "key"), [(CHAT, AUTH), ("/v1/nothing", AUTH), ("/health", "")])
 def test_a_gigabyte_is_neither_read_nor_kept(server: Served, path: str, key: str) -> None:
     before = _rss(server.process.pid)
     start = time.monotonic()
@@ -191,7 +190,6 @@ HUGE = {
     "content parts": lambda: _object(messages=[{"role": "user", "content": [{"type": "text"}] * 199_000}]),
     "one content": lambda: _object(messages=[{"role": "user", "content": "x" * (4 << 20)}]),
     "stop": lambda: _object(stop=["x"] * MANY),
-    "long stop": lambda: _object(stop=["x" * (1 << 20)] * 4),
     "bad words": lambda: _object(bad_words=["x"] * MANY),
     "logit bias": lambda: _object(logit_bias={str(number): 1 for number in range(199_000)}),
     "n": lambda: _object(n=10**9),

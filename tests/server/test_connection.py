@@ -103,7 +103,9 @@ def test_a_connection_that_is_kept_waits_longer_than_headers_may_take(strict: Se
         assert read_reply(sock).status == 200
 
 
-@pytest.mark.parametrize("headers", ["Content-Length: 100\r\n", "Transfer-Encoding: chunked\r\n"])
+@pytest.mark.parametrize(
+    "headers", ["Content-Length: 100\r\n", pytest.param("Transfer-Encoding: chunked\r\n", marks=pytest.mark.slow)]
+)
 def test_bodies_that_drip_end_with_a_408(strict: Served, headers: str) -> None:
     with connect(strict) as sock:
         sock.sendall(head(CHAT, method="POST", headers=AUTH + headers))
@@ -172,10 +174,12 @@ def test_a_stream_that_nobody_reads_is_cut_and_frees_its_pages(strict: Served) -
 
 def test_a_whole_answer_that_nobody_reads_is_cut(strict: Served) -> None:
     body = stream_body(stream=False, max_tokens=900)
+    time.sleep(0.3)  # those of earlier tests are closed by now
+    before = _connections(strict)
     slow = connect(strict, receive_bytes=2048)
     slow.sendall(post(CHAT, body))
-    own = _connections(strict)
-    wait_until(lambda: _connections(strict) < own, 20, "the connection is given up")
+    wait_until(lambda: _connections(strict) > before, 5, "the connection is there")
+    wait_until(lambda: _connections(strict) <= before, 20, "the connection is given up")
     slow.close()
     wait_idle(strict)
 
@@ -266,3 +270,33 @@ def _flood(sock: socket.socket) -> None:
             sock.sendall(b"GET /health HTTP/1.1\r\n" * 1000)
     except OSError:
         pass
+
+
+def test_connections_that_were_reset_leave_nothing_behind(strict: Served) -> None:
+    """Neither a descriptor nor, for as long as a connection may be kept, the memory of one."""
+
+    def rss() -> int:
+        return int(Path(f"/proc/{strict.process.pid}/statm").read_text().split()[1]) << 12
+
+    def leave(count: int) -> None:
+        for _ in range(count):
+            sock = connect(strict)
+            sock.sendall(head("/health") + post("/v1/tokenize", b'{"prompt": "x"}'))
+            read_reply(sock)
+            reset(sock)
+
+    leave(300)
+    before, files = rss(), _connections(strict)
+    leave(1500)
+    assert rss() - before < 4 << 20  # 10 MB, were they kept
+    wait_until(lambda: _connections(strict) <= files, 3, "their descriptors are closed")
+
+
+def test_answers_on_a_connection_that_is_kept_do_not_wait_for_acknowledgements(strict: Served) -> None:
+    """Nagle's algorithm would hold the end of each answer back for 40 ms."""
+    with strict.client() as client:
+        client.get("/version")
+        start = time.monotonic()
+        for _ in range(20):
+            assert client.get("/version").status_code == 200
+        assert time.monotonic() - start < 0.5

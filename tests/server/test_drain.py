@@ -99,6 +99,7 @@ def test_what_does_not_end_in_time_gets_an_error_event(start: Callable[..., Serv
     assert time.monotonic() - began < 4
 
 
+@pytest.mark.slow
 def test_a_second_signal_cuts_it_short(start: Callable[..., Served]) -> None:
     served = start("ernie", "--max-model-len", "4096", "--max-num-seqs", "4")
     engine = served.engine_pid()

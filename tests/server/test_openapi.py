@@ -66,7 +66,7 @@ def test_the_document_lists_all_of_these(document: Any) -> None:
 
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_every_route_keeps_to_the_document(document: Any, brief: Served, method: str, path: str) -> None:
-    check(brief, document[path][method], 30)
+    check(brief, document[path][method], 15)
 
 
 @pytest.mark.slow

@@ -105,7 +105,8 @@ def test_a_burst_fills_the_places_and_no_more(small: Served) -> None:
     wait_idle(small)
 
 
-@pytest.mark.parametrize("seconds", [3.0, pytest.param(30.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [3.0, 30.0])
 def test_three_times_the_load_costs_no_throughput(small: Served, seconds: float) -> None:
     tokens = 150
     most = capacity(small, tokens, seconds)
