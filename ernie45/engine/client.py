@@ -40,34 +40,42 @@ _EXIT_S = 5.0
 
 
 class Answer:
-    """The events of one request. Iterate once, to the end; or `abort`."""
+    """The events of one request. Iterate once, to the end; or `abort`, and wait until it is `over`."""
 
     def __init__(self, client: EngineClient, request_id: str) -> None:
         self._client, self.request_id = client, request_id
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._over = asyncio.Event()
         self.end: End | None = None
-        self._failure: Exception | None = None
+        """There as soon as it has come, whether or not somebody reads the events."""
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         """Events up to and with the end. Raises: EngineDownError if the engine's process dies meanwhile."""
-        while self.end is None:
-            if self._failure is not None:  # nothing comes behind it: who asks again must not wait
-                raise self._failure
+        while True:
             event = await self._events.get()
             if isinstance(event, Exception):
-                self._failure = event
                 raise event
-            if isinstance(event, End):
-                self.end = event
             yield event
+            if isinstance(event, End):
+                return
+
+    async def over(self) -> None:
+        """Wait until nothing more comes, read or not: the end is there, or the engine's process is not."""
+        await self._over.wait()
 
     def abort(self) -> None:
         """Nobody wants the rest: the engine frees what the request holds within a step. Its end still comes."""
         self._client.abort(self.request_id)
 
     def push(self, event: Event | Exception) -> None:
-        """For the client: what has come."""
+        """For the client: what has come. Behind the end nothing counts: there is exactly one."""
+        if self._over.is_set():
+            return
         self._events.put_nowait(event)
+        if isinstance(event, End):
+            self.end = event
+        if isinstance(event, End | Exception):
+            self._over.set()
 
 
 class EngineClient:
@@ -94,15 +102,16 @@ class EngineClient:
         self._answers: dict[str, Answer] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._first_start: asyncio.Future[None] | None = None
+        self._not_started: wire.NotStarted | None = None
         self._pings = itertools.count()
         self._heard = 0.0
         self._paused = False
-        self._stopping = False
+        self._stop_asked = asyncio.Event()
 
     @property
     def in_flight(self) -> int:
         """Requests that have no end yet."""
-        return len(self._answers) + len(self._waiting)
+        return len(self._answers)
 
     @property
     def paused(self) -> bool:
@@ -120,7 +129,7 @@ class EngineClient:
 
         Raises: RequestError if it cannot be honoured; EngineDownError if there is no engine to take it.
         """
-        if submit.id in self._answers or submit.id in self._waiting:
+        if submit.id in self._answers:
             raise RequestError(f"request id {submit.id!r} is in use by a request that runs: choose another")
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting[submit.id] = taken
@@ -156,11 +165,13 @@ class EngineClient:
 
     async def stop(self) -> None:
         """End the process; what still runs there gets `EngineDownError`."""
-        self.state = "stopped"
-        self._stopping = True
-        if self._writer is not None:
+        serving, self.state = self.state == "ready", "stopped"
+        self._stop_asked.set()
+        if serving and self._writer is not None:
             with suppress(OSError):
                 self._writer.write(wire.frame(wire.Stop()))
+        else:
+            self._kill()  # it loads, and would read the order only afterwards
         if self._supervisor is not None:
             try:
                 await asyncio.wait_for(asyncio.shield(self._supervisor), _EXIT_S)
@@ -181,54 +192,80 @@ class EngineClient:
         return "the engine is being restarted: try again shortly"
 
     async def _supervise(self) -> None:
+        assert self._first_start is not None, "start() made it"
         deaths_in_a_row = 0
-        while not self._stopping:
+        while not self._stop_asked.is_set():
             served = await self._run_process()
-            if self._stopping:
-                return
-            assert self._first_start is not None, "start() made it"
             if not self._first_start.done():
-                error = getattr(errors, self._not_started.error, EngineDownError) if self._not_started else None
-                message = self._not_started.message if self._not_started else "the engine's process died while loading"
-                known = isinstance(error, type) and issubclass(error, Ernie45Error)
-                self._first_start.set_exception((error if known and error else EngineDownError)(message))
+                self._first_start.set_exception(self._why_not_started())
                 self.state = "stopped"
+                return
+            if self._stop_asked.is_set():
                 return
             self.restarts += 1
             deaths_in_a_row = 0 if served else deaths_in_a_row + 1
             pause = min(0.5 * 2**deaths_in_a_row, _MAX_PAUSE_S) if deaths_in_a_row else 0.0
             _logger.error("the engine's process ended (%s); starting it again in %.1f s", self.last_error, pause)
-            await asyncio.sleep(pause)
+            with suppress(TimeoutError, asyncio.TimeoutError):  # one class from Python 3.11 on
+                await asyncio.wait_for(self._stop_asked.wait(), pause)
+
+    def _why_not_started(self) -> Ernie45Error:
+        """What the first start failed with, as the class that the other process raised."""
+        if self._not_started is None:
+            how = "was stopped" if self._stop_asked.is_set() else f"ended ({self.last_error})"
+            return EngineDownError(f"the engine's process {how} while it loaded the model")
+        kind = getattr(errors, self._not_started.error, None)
+        known = isinstance(kind, type) and issubclass(kind, Ernie45Error)
+        error: Ernie45Error = (kind if known and kind else EngineDownError)(self._not_started.message)
+        return error
 
     async def _run_process(self) -> bool:
         """One life of the process. Returns whether it came to serve."""
-        self._not_started: wire.NotStarted | None = None
-        ours, theirs = socket.socketpair()
-        # Its own session: Ctrl-C in a terminal reaches the server alone, which decides what becomes of the engine.
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "ernie45.engine.worker", str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        theirs.close()
+        self._not_started = None
+        try:
+            ours = self._spawn()
+        except OSError as error:  # no memory, no process, no file descriptor: later there may be
+            self.last_error = f"it could not be started: {error.strerror}"
+            return False
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._writer.write(wire.frame(self._launch))
         self._heard = time.monotonic()
         watch = asyncio.create_task(self._watch(), name="engine watchdog")
         try:
             await self._listen(reader)
-        except (TransferError, OSError) as error:
-            self.last_error = str(error)
+        except OSError:
+            pass  # it has closed its end with something unread: how it ended, `_reap` finds out
+        except TransferError as error:
+            _logger.error("the engine's process is not understood, and killed: %s", error)
+            self._kill()
         finally:
             watch.cancel()
             served = self.state == "ready"
-            if not self._stopping:
+            if not self._stop_asked.is_set():
                 self.state = "restarting"
+            self.stats = None
             self._writer.close()
-            await self._reap()
             self._fail_all()
+            await self._reap()
         return served
+
+    def _spawn(self) -> socket.socket:
+        """Start the process; returns our end of the socket. Raises: OSError."""
+        ours, theirs = socket.socketpair()
+        try:
+            # Its own session: Ctrl-C in a terminal reaches the server alone, which decides what becomes of the engine.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "ernie45.engine.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         frames = wire.Frames()
@@ -244,13 +281,13 @@ class EngineClient:
             case wire.Taken():
                 self._settle(message.id, None)
             case wire.Refused():
-                error = RequestError if message.kind == "request" else EngineDownError
-                self._settle(message.id, error(message.message))
+                self._settle(message.id, _refusal(message))
             case wire.Pong():
                 self.stats = message.stats
             case wire.Loading():
                 self.loading = message
-                if self._on_loading is not None:
+                assert self._first_start is not None, "start() made it"
+                if self._on_loading is not None and not self._first_start.done():
                     self._on_loading(message)
             case wire.Started():
                 self._started(message)
@@ -279,7 +316,7 @@ class EngineClient:
 
     def _started(self, facts: wire.Started) -> None:
         self.facts, self.loading = facts, None
-        if not self._stopping:
+        if not self._stop_asked.is_set():
             self.state = "ready"
             if self._paused:
                 self._send(wire.Pause())
@@ -323,3 +360,12 @@ class EngineClient:
             answer.push(EngineDownError(message))
         self._waiting.clear()
         self._answers.clear()
+
+
+def _refusal(refused: wire.Refused) -> Ernie45Error:
+    """The error of a refusal. What failed inside the engine is in its log, and no caller's business."""
+    if refused.kind == "request":
+        return RequestError(refused.message)
+    if refused.kind == "aborted":
+        return EngineDownError("the request was aborted before it began")
+    return Ernie45Error(f"the engine failed at request {refused.id} before it began")

@@ -16,7 +16,7 @@ from ernie45.engine.drafts import MtpSpeculation, NgramSpeculation
 from ernie45.engine.params import SamplingParams
 from ernie45.engine.request import End, Output, PromptScores
 from ernie45.engine.stats import EngineStats
-from ernie45.errors import ConfigError, TransferError
+from ernie45.errors import ConfigError, Ernie45Error, TransferError
 from ernie45.processing.constraint import Constraint
 
 VERSION = 1
@@ -231,7 +231,8 @@ def read_from_worker(body: bytes) -> FromWorker:
 def _read(decoder: msgspec.msgpack.Decoder[_Message], body: bytes) -> _Message:
     try:
         return decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    # Beside msgspec's own: what the fields' classes raise, bytes that are no UTF-8, and bottomless nesting.
+    except (msgspec.MsgspecError, Ernie45Error, UnicodeDecodeError, RecursionError) as error:
         raise TransferError(f"a frame of {len(body)} bytes is no message of version {VERSION}: {error}") from error
 
 

@@ -89,7 +89,7 @@ class Channel:
             while True:
                 for body in self._frames.push(self._receive()):
                     self.inbox.put(wire.read_to_worker(body))
-        except TransferError:
+        except Exception:  # without orders the process is of no use: the server starts another
             _logger.exception("the engine's process cannot read its orders")
             os._exit(1)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
@@ -122,15 +121,22 @@ class Answering:
     ) -> None:
         """Args: on_end: called once, when the engine has ended all of it, however that came."""
         self.plans, self._answers, self._on_end = plans, answers, on_end
-        self.failed = False
-        """Whether it ended without answers."""
         self._closing: asyncio.Task[None] | None = None
-        self.usage = Usage()
         self.scores: list[PromptScores | None] = [None] * len(plans)
         """Of each plan's prompt, if asked for; there before the plan's first delta."""
         self.timings = Timings(arrived=arrived)
         self._open: list[set[int]] = [set(range(plan.params.n)) for plan in plans]
         self._readers: dict[int, _Reader] = {}
+
+    @property
+    def usage(self) -> Usage:
+        """What the plans took that have ended."""
+        return _sum([answer.end.usage for answer in self._answers if answer.end is not None])
+
+    @property
+    def failed(self) -> bool:
+        """Whether a choice has no finish reason: it was aborted, it failed, or nobody read on."""
+        return any(self._open)
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """What comes, as it comes; choices interleave.
@@ -181,12 +187,7 @@ class Answering:
 
     async def _wait_for_ends(self) -> None:
         for answer in self._answers:
-            if answer.end is None:
-                self.failed = True
-                with suppress(EngineDownError):
-                    async for event in answer:
-                        if isinstance(event, End):
-                            self.usage = _sum(self.usage, event.usage)
+            await answer.over()
         if self.timings.ended is None:
             self.timings.ended = time.monotonic()
         self._on_end(self)
@@ -228,7 +229,6 @@ class Answering:
             self._answers[number].abort()
 
     def _close(self, number: int, end: End) -> None:
-        self.usage = _sum(self.usage, end.usage)
         if end.kind == "finished" or not self._open[number]:
             return
         if end.kind == "aborted":
@@ -304,5 +304,5 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Event]]
             task.cancel()
 
 
-def _sum(one: Usage, other: Usage) -> Usage:
-    return Usage(**{item.name: getattr(one, item.name) + getattr(other, item.name) for item in fields(Usage)})
+def _sum(usages: Sequence[Usage]) -> Usage:
+    return Usage(**{item.name: sum(getattr(usage, item.name) for usage in usages) for item in fields(Usage)})

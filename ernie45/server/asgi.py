@@ -41,14 +41,18 @@ def error_bytes(scope: Scope, error: ApiError) -> bytes:
     return json_bytes(error.anthropic_body(ident) if anthropic else error.body(ident))
 
 
+def shown_path(scope: Scope) -> str:
+    """The path for a log: of bounded length, and on one line."""
+    return str(scope["path"])[:200].encode("unicode_escape").decode()
+
+
 async def send_error(scope: Scope, send: Send, error: ApiError) -> None:
-    """Answer with an error, outside of any route. The connection closes: the body may not have been read."""
+    """Answer with an error, outside of any route. A body that nobody reads is the connection's business."""
     body = error_bytes(scope, error)
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
         "x-request-id": request_id(scope),
-        "connection": "close",
         **{key.lower(): value for key, value in error.headers.items()},
     }
     pairs = [(key.encode("latin-1"), value.encode("latin-1")) for key, value in headers.items()]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -9,11 +13,17 @@ from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic_core import from_json
+from starlette.requests import ClientDisconnect
 
+from ernie45.server.asgi import header
 from ernie45.server.errors import ApiError
 
 MAX_DEPTH = 64
 """Levels that JSON may be nested; tool schemas take about 10."""
+
+
+MAX_COMMAS = 200_000
+"""Bounds the number of values, and with it the time that they take; a prompt of ids has 131,072."""
 
 
 class JsonRequest(Request):
@@ -22,7 +32,11 @@ class JsonRequest(Request):
     async def json(self) -> Any:
         """The body. Raises: ApiError that says where it is no JSON."""
         if not hasattr(self, "_json"):
-            self._json = parse(await self.body())
+            try:
+                data = await self.body()
+            except ClientDisconnect as error:
+                raise ApiError(499, "the client closed the connection", code="client_closed_request") from error
+            self._json = parse(data)
             if isinstance(self._json, dict):
                 # For errors: a message that begins with one of these names is about that field.
                 self.scope.setdefault("state", {})["fields"] = frozenset(self._json)
@@ -38,7 +52,9 @@ class JsonRoute(APIRoute):
 
         async def strict(request: Request) -> Response:
             if request.method == "POST":
-                kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+                if header(request.scope, b"content-type") is None:
+                    request.scope["headers"].append((b"content-type", b"application/json"))  # FastAPI insists on one
+                kind = request.headers["content-type"].split(";")[0].strip().lower()
                 if kind != "application/json":
                     raise ApiError(
                         415, f"content-type is {kind!r}, expected application/json", code="unsupported_media_type"
@@ -58,13 +74,37 @@ def parse(data: bytes) -> Any:
     """A JSON value. Raises: ApiError (400) with the place and the reason."""
     if not data.strip():
         raise ApiError(400, "the body is empty, expected a JSON object", code="invalid_json")
+    commas = data.count(b",")
+    if commas > MAX_COMMAS:
+        message = f"the body holds {commas} commas, the limit is {MAX_COMMAS}: send fewer values"
+        raise ApiError(413, message, code="request_too_large")
     try:
         value = from_json(data, allow_inf_nan=False)
     except ValueError as error:  # RecursionError's message comes as one, too
         raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
+    _check_objects(data)
     if _deeper_than(value, MAX_DEPTH):
         raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep: flatten it", code="invalid_json")
     return value
+
+
+def _check_objects(data: bytes) -> None:
+    """Insist on different names in each object, and on numbers that are finite: what else is read differs between programs.
+
+    Raises: ApiError.
+    """
+
+    def pairs(found: list[tuple[str, Any]]) -> None:
+        if len(dict(found)) < len(found):
+            (twice, _), *_ = Counter(name for name, _ in found).most_common(1)
+            message = f"the body has an object with several members {twice[:80]!r}: send one"
+            raise ApiError(400, message, code="invalid_json")
+
+    def number(text: str) -> None:
+        if math.isinf(float(text)):
+            raise ApiError(400, f"the body holds the number {text[:80]}, which is too large", code="invalid_json")
+
+    json.JSONDecoder(object_pairs_hook=pairs, parse_float=number).decode(data.decode())
 
 
 def invalid(error: RequestValidationError) -> ApiError:
@@ -82,7 +122,7 @@ def invalid(error: RequestValidationError) -> ApiError:
         return ApiError(
             400, f"{shown or 'the body'} is missing", code="missing_required_parameter", param=shown or None
         )
-    got = repr(first.get("input"))
+    got = _shown.repr(first.get("input"))
     got = got if len(got) <= 80 else f"{got[:77]}..."
     message = f"{shown or 'the body'} is {got}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     return ApiError(400, message, code="invalid_value", param=shown or None)
@@ -92,6 +132,9 @@ def _is_field(part: object) -> bool:
     return isinstance(part, int) or (isinstance(part, str) and part.isidentifier() and part not in _TYPE_NAMES)
 
 
+_shown = reprlib.Repr()
+"""Never writes out a long value to cut it afterwards."""
+_shown.maxstring = _shown.maxother = _shown.maxlong = 80
 _TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict", "none"})
 
 

@@ -10,8 +10,9 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ernie45.server.asgi import header, request_id, send_error
+from ernie45.server.asgi import header, request_id, send_error, shown_path
 from ernie45.server.config import Limits
+from ernie45.server.connection import cut
 from ernie45.server.errors import ApiError, api_error
 from ernie45.server.keys import PUBLIC_PATHS
 
@@ -41,10 +42,11 @@ class Guard:
             await self._app(scope, receive, send)
             return
         start = time.monotonic()
-        status = 0
+        status, complete = 0, False
 
         async def tagged(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             if message["type"] == "http.response.start":
                 status = message["status"]
                 pairs = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
@@ -58,12 +60,15 @@ class Guard:
             else:
                 await self._app(scope, self._bounded(scope, receive), tagged)
         except Exception as error:  # whatever it is, the client gets an answer and the log the rest
-            if status:
-                raise
+            if complete:  # Starlette raises again what it has answered and logged
+                return
             shaped = api_error(error)
             if shaped.status == 500:
                 log_failure(scope, error)
-            await send_error(scope, tagged, shaped)
+            if status:
+                cut(scope)
+            else:
+                await send_error(scope, tagged, shaped)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._answered(route, status)
@@ -87,6 +92,14 @@ class Guard:
                 415, f"content-encoding is {encoding!r}: send the body as it is", code="unsupported_encoding"
             )
         length = header(scope, b"content-length")
+        if length is not None and header(scope, b"transfer-encoding") is not None:
+            # A proxy in front may have believed the other one, and then sees other requests than this server.
+            return ApiError(
+                400,
+                "content-length and transfer-encoding exclude each other: send one",
+                code="invalid_header",
+                headers={"Connection": "close"},
+            )
         if length is not None and (not length.isascii() or not length.isdigit() or len(length) > 18):
             return ApiError(400, "content-length is no number", code="invalid_header")
         return self._too_large(int(length)) if length is not None and int(length) > limits.body_bytes else None
@@ -129,7 +142,7 @@ class Guard:
 
 def log_failure(scope: Scope, error: Exception) -> None:
     """What went wrong, with its trace; nothing of the request but its id and path."""
-    _logger.error("request %s to %s failed", request_id(scope), scope["path"], exc_info=error)
+    _logger.error("request %s to %s failed", request_id(scope), shown_path(scope), exc_info=error)
 
 
 def _log(scope: Scope, status: int, seconds: float) -> None:
@@ -140,8 +153,8 @@ def _log(scope: Scope, status: int, seconds: float) -> None:
     access_log.log(
         logging.DEBUG if scope["path"] in PUBLIC_PATHS else logging.INFO,
         "%s %s %d %s %.3f s tenant=%s id=%s",
-        scope["method"],
-        scope["path"][:200].encode("unicode_escape").decode(),
+        scope["method"][:16],
+        shown_path(scope),
         status,
         phrase,
         seconds,

@@ -51,14 +51,21 @@ class Metrics:
         label = ["model_name"]
 
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(_OWN + name, text, [*label, *labels], registry=own)
+            made = Counter(_OWN + name, text, [*label, *labels], registry=own)
+            if not labels:
+                made.labels(model)  # 0 from the beginning: a rate over a series that is not there is none
+            return made
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(_OWN + name, text, label, buckets=buckets, registry=own)
+            made = Histogram(_OWN + name, text, label, buckets=buckets, registry=own)
+            made.labels(model)
+            return made
 
         self._model = model
         self._http = counter("http_requests", "Answers by route and status.", "route", "status")
         self._finished = counter("request_success", "Choices that ended, by reason.", "finished_reason")
+        for reason in ("stop", "length", "tool_calls"):
+            self._finished.labels(model, reason)
         self._failed = counter("request_failure", "Requests that ended without an answer: aborted, failed.")
         self._prompt = counter("prompt_tokens", "Prompt tokens.")
         self._cached = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from ernie45 import __version__
 from ernie45.server.answers import json_answer, service_of
-from ernie45.server.documented import ERRORS
+from ernie45.server.documented import ERRORS, PROBE_ERRORS, READ_ERRORS
 from ernie45.server.errors import ApiError
 from ernie45.server.metrics import CONTENT_TYPE
 from ernie45.server.schema.tokens import ModelCard, ModelList, Status, Version
@@ -19,14 +19,19 @@ probes = APIRouter(tags=["operations"])
 models = APIRouter(tags=["models"])
 
 
-@probes.get("/health", response_model=Status, summary="Whether the process runs")
+@probes.get("/health", response_model=Status, responses=PROBE_ERRORS, summary="Whether the process runs")
 @probes.get("/ping", response_model=Status, include_in_schema=False)
 async def health() -> Response:
     """200 as long as the process answers at all; `/ready` tells whether it can take requests."""
     return json_answer({"status": "ok", "message": "the server runs"})
 
 
-@probes.get("/ready", response_model=Status, responses={503: {"model": Status}}, summary="Whether requests are taken")
+@probes.get(
+    "/ready",
+    response_model=Status,
+    responses={**PROBE_ERRORS, 503: {"model": Status}},
+    summary="Whether requests are taken",
+)
 async def ready(request: Request) -> Response:
     """200 while requests are taken; 503 while the engine is being started, or the server shuts down."""
     service = service_of(request)
@@ -41,13 +46,13 @@ async def ready(request: Request) -> Response:
     return answer
 
 
-@probes.get("/metrics", summary="Counts for Prometheus", response_class=Response)
+@probes.get("/metrics", responses=READ_ERRORS, summary="Counts for Prometheus", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Counts in Prometheus' text form."""
     return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE)
 
 
-@probes.get("/version", response_model=Version, summary="The version of the server")
+@probes.get("/version", response_model=Version, responses=READ_ERRORS, summary="The version of the server")
 async def version() -> Response:
     """The version of the package."""
     return json_answer({"version": __version__})

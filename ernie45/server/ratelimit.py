@@ -10,6 +10,8 @@ from ernie45.server.config import RateLimits
 from ernie45.server.errors import ApiError
 
 _MINUTE_S = 60.0
+_ROUNDING_S = 1e-6
+"""Who comes back exactly when told is let in, whatever floating point makes of the time."""
 
 
 class Bucket:
@@ -79,7 +81,7 @@ class RateLimiter:
         account = self._accounts.setdefault(tenant, _Account(self._limits, self._clock))
         most = self._limits.concurrent_requests
         if most is not None and account.running >= most:
-            raise _too_many(f"{account.running} requests of this key run, the limit is {most}", 1.0)
+            raise self._too_many(tenant, f"{account.running} requests of this key run, the limit is {most}", 1.0)
         if account.tokens is not None and tokens > account.tokens.per_minute:
             raise ApiError(
                 400,
@@ -89,8 +91,9 @@ class RateLimiter:
                 param="max_tokens",
             )
         for bucket, amount, unit in ((account.requests, 1, "requests"), (account.tokens, tokens, "tokens")):
-            if bucket is not None and (wait := bucket.wait_s(amount)) > 0:
-                raise _too_many(f"the key's limit of {bucket.per_minute} {unit} per minute is reached", wait)
+            if bucket is not None and (wait := bucket.wait_s(amount)) > _ROUNDING_S:
+                message = f"the key's limit of {bucket.per_minute} {unit} per minute is reached"
+                raise self._too_many(tenant, message, wait)
         for bucket, amount in ((account.requests, 1), (account.tokens, tokens)):
             if bucket is not None:
                 bucket.take(amount)
@@ -105,15 +108,17 @@ class RateLimiter:
         shown: dict[str, str] = {}
         for bucket, unit in ((account.requests, "requests"), (account.tokens, "tokens")):
             if bucket is not None:
-                left = max(math.floor(bucket.remaining), 0)
+                left = max(math.floor(bucket.remaining + _ROUNDING_S), 0)
                 shown[f"x-ratelimit-limit-{unit}"] = str(bucket.per_minute)
                 shown[f"x-ratelimit-remaining-{unit}"] = str(left)
                 shown[f"x-ratelimit-reset-{unit}"] = f"{bucket.wait_s(bucket.per_minute):.3f}s"
         return shown
 
-
-def _too_many(message: str, wait_s: float) -> ApiError:
-    retry = str(max(math.ceil(wait_s), 1))
-    return ApiError(
-        429, f"{message}: try again in {retry} s", code="rate_limit_exceeded", headers={"Retry-After": retry}
-    )
+    def _too_many(self, tenant: str, message: str, wait_s: float) -> ApiError:
+        retry = str(max(math.ceil(wait_s), 1))
+        return ApiError(
+            429,
+            f"{message}: try again in {retry} s",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": retry, **self.headers(tenant)},
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from ernie45.processing.tokenizer import Tokenizer
 from ernie45.processing.tokenizer import load_tokenizer as load_folder_tokenizer
 from ernie45.server.app import build_app
 from ernie45.server.config import ServerConfig
-from ernie45.server.connection import bounded
+from ernie45.server.connection import Connection, bounded
 from ernie45.server.service import Service
 
 _IDLE_CONNECTION_S = 75
@@ -28,6 +29,9 @@ _IDLE_CONNECTION_S = 75
 _CLOSING_S = 2
 """For the last bytes of streams that were ended."""
 _POLL_S = 0.05
+_SEND_BUFFER_BYTES = 256 << 10
+_OWN_FILES = 256
+"""Beside connections: libraries, the engine's socket, logs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,7 @@ async def serve(
     Raises: CapacityError if the address cannot be listened on; what loading the model raises.
     """
     listener = _listen(config)
+    _allow_files(config.limits.connections)
     engine = EngineClient(launch, on_loading=on_loading)
     starting = asyncio.create_task(engine.start())  # the other process loads while this one prepares
     stop = _Signals()
@@ -66,8 +71,11 @@ async def serve(
                 on_ready(Running(url=_url(config, listener), facts=service.facts))
                 await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
                 await _drain(service, stop)
+                await engine.stop()  # whoever still waits for it hears so, while there is a server to tell it
         finally:
             server.should_exit = True
+            await asyncio.wait({serving}, timeout=_CLOSING_S)
+            server.cut_connections()
             await serving
     finally:
         stop.close()
@@ -83,7 +91,7 @@ async def _drain(service: Service, stop: _Signals) -> None:
     service.draining = True
     impatient = asyncio.create_task(stop.wait(2))
     deadline = asyncio.get_running_loop().time() + service.config.drain_timeout_s
-    while service.running and not impatient.done() and asyncio.get_running_loop().time() < deadline:
+    while service.busy and not impatient.done() and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(_POLL_S)
     impatient.cancel()
     for answering in list(service.running):
@@ -124,6 +132,12 @@ class _Uvicorn(uvicorn.Server):
         """Capture none."""
         yield
 
+    def cut_connections(self) -> None:
+        """Give up what clients have not read."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.abort()
+
 
 def _uvicorn_config(config: ServerConfig, service: Service) -> uvicorn.Config:
     return uvicorn.Config(
@@ -136,8 +150,7 @@ def _uvicorn_config(config: ServerConfig, service: Service) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_IDLE_CONNECTION_S,
-        timeout_graceful_shutdown=_CLOSING_S,
-        limit_concurrency=config.limits.connections,
+        timeout_graceful_shutdown=2 * _CLOSING_S,
         h11_max_incomplete_event_size=config.limits.header_bytes,
     )
 
@@ -145,17 +158,30 @@ def _uvicorn_config(config: ServerConfig, service: Service) -> uvicorn.Config:
 def _listen(config: ServerConfig) -> socket.socket:
     """The socket, bound before anything is loaded. Raises: CapacityError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # With its protocol named: asyncio switches Nagle's algorithm off for such sockets alone, and with it every answer on a
+    # connection that is kept waits 40 ms for the client's acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen(1024)
     except OSError as error:
         listener.close()
         raise CapacityError(
             f"{config.host}:{config.port} cannot be listened on ({error.strerror}): choose another --port or --host"
         ) from error
-    listener.listen(1024)
+    # Inherited by every connection: what the kernel keeps for a client that does not read is bounded, too.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     return listener
+
+
+def _allow_files(connections: int) -> None:
+    """Let this process have a file for every connection, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _OWN_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        possible = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (possible, hard))
 
 
 def _url(config: ServerConfig, listener: socket.socket) -> str:

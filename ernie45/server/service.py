@@ -43,9 +43,15 @@ class Service:
         self.started_at = int(time.time())
         self.draining = False
         self.running: set[Answering] = set()
-        """Requests that have not ended."""
+        """Requests that the engine has and that have not ended."""
+        self._entering = self._in_threads = 0
         self._mean_s = 0.0
         self._threads = ThreadPoolExecutor(_RENDERERS, thread_name_prefix="render")
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is on its way into the engine, or in it."""
+        return bool(self._entering or self.running)
 
     @property
     def facts(self) -> Started:
@@ -81,8 +87,14 @@ class Service:
             )
 
     async def in_thread(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Run what takes the processor for a while beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        """Run what takes the processor for a while beside the event loop. Raises: ApiError if too many wait for that."""
+        if self._in_threads >= _RENDERERS + self.config.limits.waiting:
+            raise self._overloaded(self._in_threads - _RENDERERS)
+        self._in_threads += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        finally:
+            self._in_threads -= 1
 
     async def answer(self, plans: Sequence[Plan], caller: Caller) -> Answering:
         """Let a request in and hand it to the engine.
@@ -93,11 +105,14 @@ class Service:
         self._check_open()
         most = sum(self._most_tokens(plan) for plan in plans)
         ticket = self.limiter.enter(caller.tenant, most)
+        self._entering += 1
         try:
             answers = await self._submit_all([self._submit(plan, caller) for plan in plans])
         except BaseException:
             ticket.settle(0)
             raise
+        finally:
+            self._entering -= 1
         answering = Answering(plans, answers, arrived, lambda ended: self._ended(ended, ticket))
         self.running.add(answering)
         return answering
@@ -123,13 +138,16 @@ class Service:
             raise EngineDownError("the engine is being started: try again shortly")
         waiting = self.engine.in_flight - self.facts.max_num_seqs
         if waiting >= self.config.limits.waiting:
-            expected = waiting * self._mean_s / self.facts.max_num_seqs
-            raise ApiError(
-                429,
-                f"{waiting} requests wait already, the limit is {self.config.limits.waiting}: try again later",
-                code="overloaded",
-                headers={"Retry-After": str(min(max(math.ceil(expected), 1), 60))},
-            )
+            raise self._overloaded(waiting)
+
+    def _overloaded(self, waiting: int) -> ApiError:
+        expected = waiting * self._mean_s / self.facts.max_num_seqs
+        return ApiError(
+            429,
+            f"{waiting} requests wait already, the limit is {self.config.limits.waiting}: try again later",
+            code="overloaded",
+            headers={"Retry-After": str(min(max(math.ceil(expected), 1), 60))},
+        )
 
     def _most_tokens(self, plan: Plan) -> int:
         """Tokens that a plan can take at most. Raises: RequestError if it does not fit."""

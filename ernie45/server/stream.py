@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ernie45.server.asgi import json_bytes
 from ernie45.server.connection import cut
@@ -58,8 +58,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, or stop where there is no sense in going on."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        writer = asyncio.create_task(self._write(send))
+        head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        writer = asyncio.create_task(self._write(send, head))
         others = [asyncio.create_task(_gone(receive)), asyncio.create_task(self._watch(scope, send))]
         try:
             await asyncio.wait([writer, *others], return_when=asyncio.FIRST_COMPLETED)
@@ -71,8 +71,11 @@ class EventStream(Response):
         if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
             raise results[0]
 
-    async def _write(self, send: Send) -> None:
+    async def _write(self, send: Send, head: Message) -> None:
         try:
+            async with self._lock:
+                self._sending_since = time.monotonic()
+                await send(head)
             async for chunk in self._frames:
                 await self._send(send, chunk)
             await self._send(send, b"", more=False)

@@ -7,7 +7,7 @@ from starlette.responses import Response
 
 from ernie45.errors import RequestError
 from ernie45.processing.prompt import RenderedPrompt
-from ernie45.server.answers import json_answer, service_of
+from ernie45.server.answers import extra_headers, json_answer, service_of
 from ernie45.server.body import JsonRoute
 from ernie45.server.chat_plan import as_message, chat_plan
 from ernie45.server.documented import ERRORS
@@ -44,9 +44,10 @@ async def render(request: Request, body: ChatRequest) -> Response:
     """What the model would read of a chat request; nothing is generated."""
     service = service_of(request)
     service.check_model(body.model)
+    headers = extra_headers(request, body.unknown_fields())
     plan = await service.in_thread(chat_plan, service, body)
     text = service.tokenizer.decode(plan.prompt, skip_special_tokens=False)
-    return json_answer({"prompt": text, "token_ids": list(plan.prompt), "count": len(plan.prompt)})
+    return json_answer({"prompt": text, "token_ids": list(plan.prompt), "count": len(plan.prompt)}, headers)
 
 
 def _ids(service: Service, body: TokenizeRequest) -> list[int]:

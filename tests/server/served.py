@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,19 @@ class Served:
             raise
 
 
-def launch(model: Path | str, *options: str, key: str | None = KEY, verb: str = "serve") -> Served:
-    """Start `ernie serve MODEL` on a free port and wait until it has greeted."""
+def launch(
+    model: Path | str,
+    *options: str,
+    key: str | None = KEY,
+    verb: str = "serve",
+    program: Sequence[str] = ("-m", "ernie45.cli.main"),
+) -> Served:
+    """Start `ernie serve MODEL` on a free port and wait until it has greeted.
+
+    Args: program: what Python runs in place of `ernie`, with the same arguments.
+    """
     keys = [] if key is None else ["--api-key", key]
-    command = [sys.executable, "-m", "ernie45.cli.main", verb, str(model), "--port", "0", *keys, *options]
+    command = [sys.executable, *program, verb, str(model), "--port", "0", *keys, *options]
     environment = {**os.environ, "ERNIE_THREADS": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
