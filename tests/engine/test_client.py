@@ -114,13 +114,8 @@ def test_an_abort_ends_it_read_or_not() -> None:
 def test_a_process_that_fails_ends_everything_and_is_replaced(behaviour: str) -> None:
     async def work(client: FakedClient) -> None:
         start = time.monotonic()
-        answers: list[Answer] = []
         with pytest.raises(EngineDownError, match="send it again"):
-            answers.append(await client.submit(submit()))
-            await events(answers[0])
-        for answer in answers:
-            await answer.over()  # also for whoever did not read
-            assert answer.end is None
+            await events(await client.submit(submit()))
         assert time.monotonic() - start < 3
         await until_ready(client)
         assert client.restarts == 1
