@@ -225,7 +225,7 @@ class Engine:
             if job.decoding and choice.drafter is not None:
                 job.drafts = choice.drafter.propose(job.tokens)[: choice.most_drafts]
         num_decodes = sum(job.decoding for job in self._scheduler.running)
-        self._scheduler.max_step_tokens_beside_decodes = self._pace.room(num_decodes)
+        self._scheduler.max_step_tokens_beside_decodes = self._pace.room(num_decodes, len(self._choices) - num_decodes)
         return self._scheduler.plan()
 
     def _run(self, work: Sequence[Work]) -> None:

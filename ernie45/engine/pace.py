@@ -1,5 +1,8 @@
 """How many prompt tokens a step may carry beside sequences that decode: as many as make it less than twice as long.
 
+Where more sequences wait than decode, a step may take longer in proportion: holding up one for the sake of seven is fair, and the
+sooner they decode together, the more each step brings.
+
 What a step costs depends on model, machine, context and company, so it is measured: the time of steps that only decode, by the
 number of sequences, and what each further token adds. Results do not depend on how prompts are cut, only times do.
 """
@@ -8,6 +11,8 @@ from __future__ import annotations
 
 _SLOWDOWN = 1.8
 """How much longer a step may take than one without prompts. Below 2, to leave room for what cannot be foreseen."""
+_MOST_WAITING = 8
+"""How many waiting sequences per decoding one count at most: steps stay short enough for a reader."""
 _FIRST = 32
 """Tokens while nothing has been measured."""
 _LEAST = 8
@@ -25,14 +30,15 @@ class Pace:
         self._quiet_s: dict[int, float] = {}
         self._per_token_s: float | None = None
 
-    def room(self, num_decodes: int) -> int:
-        """Tokens beside so many decoding sequences."""
+    def room(self, num_decodes: int, num_waiting: int = 0) -> int:
+        """Tokens beside so many decoding sequences, while so many others wait or are being read."""
         if self._fixed is not None:
             return self._fixed
         quiet_s = self._quiet(num_decodes)
         if quiet_s is None or self._per_token_s is None:
             return min(_FIRST, self._most)
-        return min(max(int((_SLOWDOWN - 1) * quiet_s / self._per_token_s), _LEAST), self._most)
+        share = min(max(num_waiting / max(num_decodes, 1), 1.0), _MOST_WAITING)
+        return min(max(int((_SLOWDOWN - 1) * share * quiet_s / self._per_token_s), _LEAST), self._most)
 
     def observe(self, num_decodes: int, num_others: int, seconds: float) -> None:
         """A step with so many decoding sequences and other tokens has taken so long."""
