@@ -32,6 +32,8 @@ _logger = logging.getLogger(__name__)
 
 State = Literal["loading", "ready", "restarting", "stopped"]
 
+_WORKER = "ernie45.worker"
+"""The module that the engine's process runs; it is above this one, and not imported."""
 _PING_S = 2.0
 _MAX_PAUSE_S = 10.0
 _READ_BYTES = 1 << 18
@@ -255,7 +257,7 @@ class EngineClient:
         try:
             # Its own session: Ctrl-C in a terminal reaches the server alone, which decides what becomes of the engine.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "ernie45.engine.worker", str(theirs.fileno())],
+                [sys.executable, "-m", _WORKER, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,

@@ -1,4 +1,4 @@
-"""Messages between the process that computes (`worker.py`) and the one that serves (`client.py`), and their one codec.
+"""Messages between the process that computes (`ernie45/worker.py`) and the one that serves (`client.py`), and their one codec.
 
 A frame is a length, four bytes little-endian, and MessagePack. Frames hold data alone: nothing in them is executed, and what
 is no known message of this version ends the connection. No torch here.

@@ -25,7 +25,6 @@ class Limits:
     request_timeout_s: float = 3600.0
     """Waiting and computing together."""
     connections: int = 1024
-    messages: int = 4096
     choices: int = 16
     """`n` times prompts of one request."""
     waiting: int = 128

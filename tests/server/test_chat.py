@@ -263,6 +263,12 @@ def test_thinking_that_cannot_be_switched_off_is_refused(server: Served, fields:
         ({"n": 17}, "n", "the limit is 16"),
         ({"n": 10**9}, "n", "n is 1000000000"),
         ({"stop": ["x"] * 65}, "stop", "at most 64"),
+        ({"stop": ["x" * 1025]}, "stop[0]", "at most 1024 characters"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 1025}]},
+            None,
+            "at most 1024 items",
+        ),
         ({"max_tokens": 2**63}, "max_tokens", "max_tokens is 9223372036854775808"),
         ({"logit_bias": {"999999": 1}}, "logit_bias", "holds id 999999"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice", "'no'"),

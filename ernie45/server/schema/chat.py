@@ -10,6 +10,8 @@ from ernie45.engine.params import MAX_LOGPROBS
 from ernie45.server.schema.sampling import Count, ReasoningEffort, SamplingFields
 
 MAX_MESSAGES = 4096
+MAX_PARTS = 1024
+"""Of the content of one message."""
 
 
 class ContentPart(BaseModel):
@@ -49,7 +51,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=256)] | None = None
     tool_call_id: str | None = None

@@ -13,6 +13,7 @@ from ernie45.server.errors import ApiError
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 _MAX_STOP = 64
 _MAX_IDS = 1024
@@ -99,7 +100,7 @@ class SamplingFields(BaseModel):
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
     """-1, as some programs write it, draws one."""
-    stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MAX_STOP)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=_MAX_STOP)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=_MAX_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -114,7 +115,7 @@ class SamplingFields(BaseModel):
         ]
         | None
     ) = None
-    bad_words: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=_MAX_STOP)] | None = None
+    bad_words: Annotated[list[StopString], Field(max_length=_MAX_STOP)] | None = None
     bad_words_token_ids: Annotated[list[TokenId], Field(max_length=_MAX_IDS)] | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

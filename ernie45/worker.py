@@ -1,10 +1,10 @@
 """The process that computes: one engine on the main thread, fed through a socket.
 
-    python -m ernie45.engine.worker FD
+    python -m ernie45.worker FD
 
-The other end of FD belongs to `client.py`. When that end closes, this process ends: it has nothing to save, and nobody is left
-to compute for. Three threads: the main thread runs the engine; one reads the socket; one compiles grammars, so that neither a
-schema nor a full socket makes decoding wait.
+Like `llm.py` it stands above store and engine: it loads what it is told. The other end of FD belongs to `engine/client.py`. When
+that end closes, this process ends: it has nothing to save, and nobody is left to compute for. Three threads: the main thread runs
+the engine; one reads the socket; one compiles grammars, so that neither a schema nor a full socket makes decoding wait.
 """
 
 from __future__ import annotations
