@@ -29,7 +29,7 @@ def test_steps_with_prompts_take_less_than_twice_as_long(num_decodes: int, quiet
     if room > 8:
         assert quiet_s + room * per_token_s <= 2 * quiet_s
     if room < 512:
-        assert quiet_s + (room + 2) * per_token_s >= 1.75 * quiet_s, "room was left unused"
+        assert quiet_s + (room + 2) * per_token_s >= 1.6 * quiet_s, "room was left unused"
 
 
 def test_it_follows_a_cost_that_grows_with_the_context() -> None:
