@@ -10,16 +10,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ernie45.cli.output import ProgressBar, human_bytes, human_count, note
 from ernie45.cli.serve_arguments import ineffective
+from ernie45.engine.client import spawn
 from ernie45.engine.wire import Launch, Loading
 from ernie45.errors import CheckpointError, UsageError
 from ernie45.server.config import Limits, RateLimits, ServerConfig, is_loopback
 from ernie45.server.keys import new_key
 from ernie45.server.redaction import RedactingFormatter
-from ernie45.server.run import Running, serve
 from ernie45.store.location import DEFAULT_MODEL, home, model_path, resolve, weights_path
+
+if TYPE_CHECKING:
+    from ernie45.server.run import Running
 
 _KEY_VARIABLE = "ERNIE45_API_KEY"
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -43,6 +47,10 @@ def run(options: argparse.Namespace) -> int:
     for line in ineffective(options):
         note(line)
     _log(keys)
+    # The engine's process imports torch while this one imports its server: that is a second, of three.
+    spawned = spawn()
+    from ernie45.server.run import serve
+
     with ProgressBar() as bar:
         report = bar.stage(f"loading {config.served_model_names[0]}")
 
@@ -55,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
                 launch,
                 on_ready=lambda running: _greet(config, running, keys[0] if made else None),
                 on_loading=on_loading,
+                spawned=spawned,
             )
         )
     return 0

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Literal
 
 from ernie45 import errors
@@ -39,6 +40,36 @@ _MAX_PAUSE_S = 10.0
 _READ_BYTES = 1 << 18
 _EXIT_S = 5.0
 """How long a process that was told to stop may take."""
+
+
+@dataclass(frozen=True)
+class Spawned:
+    """A process that waits for its launch, and our end of the socket. Without a launch it ends when that is closed."""
+
+    process: subprocess.Popen[bytes]
+    ours: socket.socket
+
+
+def spawn() -> Spawned:
+    """Start a process. It takes a while to import what it needs, so that it pays to start it before anything else.
+
+    Raises: OSError.
+    """
+    ours, theirs = socket.socketpair()
+    try:
+        # Its own session: Ctrl-C in a terminal reaches the server alone, which decides what becomes of the engine.
+        process = subprocess.Popen(
+            [sys.executable, "-m", _WORKER, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return Spawned(process, ours)
 
 
 class Answer:
@@ -87,10 +118,14 @@ class EngineClient:
         self,
         launch: wire.Launch,
         *,
+        spawned: Spawned | None = None,
         stall_s: float = 120.0,
         on_loading: Callable[[wire.Loading], None] | None = None,
     ) -> None:
-        """Args: stall_s: silence after which the process counts as stuck; longer than any step takes."""
+        """Args: spawned: the first process, if it was started already. stall_s: silence after which the process counts as stuck;
+        longer than any step takes.
+        """
+        self._spawned = spawned
         self._launch, self._stall_s, self._on_loading = launch, stall_s, on_loading
         self.state: State = "loading"
         self.facts: wire.Started | None = None
@@ -225,11 +260,12 @@ class EngineClient:
         """One life of the process. Returns whether it came to serve."""
         self._not_started = None
         try:
-            ours = self._spawn()
+            spawned, self._spawned = self._spawned or spawn(), None
         except OSError as error:  # no memory, no process, no file descriptor: later there may be
             self.last_error = f"it could not be started: {error.strerror}"
             return False
-        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._process = spawned.process
+        reader, self._writer = await asyncio.open_connection(sock=spawned.ours)
         self._writer.write(wire.frame(self._launch))
         self._heard = time.monotonic()
         watch = asyncio.create_task(self._watch(), name="engine watchdog")
@@ -250,24 +286,6 @@ class EngineClient:
             self._fail_all()
             await self._reap()
         return served
-
-    def _spawn(self) -> socket.socket:
-        """Start the process; returns our end of the socket. Raises: OSError."""
-        ours, theirs = socket.socketpair()
-        try:
-            # Its own session: Ctrl-C in a terminal reaches the server alone, which decides what becomes of the engine.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", _WORKER, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        except OSError:
-            ours.close()
-            raise
-        finally:
-            theirs.close()
-        return ours
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         frames = wire.Frames()

@@ -9,6 +9,8 @@ from ernie45.engine.drafts import MtpSpeculation, NgramSpeculation
 from ernie45.errors import CapacityError, ConfigError
 
 _DEFAULT_LENGTH = 8192
+_LEAST_SEQUENCES = 8
+"""Sequences that the default memory holds: one that runs, and what others left behind."""
 _SHARE = 0.5
 """Of the spare memory. The rest is for activations and for whatever else runs."""
 
@@ -22,8 +24,9 @@ class EngineConfig:
     max_num_seqs: int = 32
     """Sequences that run at a time; others wait."""
     kv_cache_memory: int | None = None
-    """Bytes for keys and values; None = `max_num_seqs` sequences of `max_model_len` tokens, but at most half of the memory that is
-    left beside the weights (and room for one sequence at least). The memory is taken as it fills."""
+    """Bytes for keys and values; None = `max_num_seqs` sequences of `max_model_len` tokens, and no fewer than 8 so that prefixes
+    have room; but at most half of the memory that is left beside the weights (and room for one sequence at least). The memory is
+    taken as it fills."""
     kv_dtype: str | None = None
     """`float32`, `bfloat16` or `int8`; None = the model's `kv_dtype`, else float32."""
     page_size: int = 16
@@ -80,7 +83,7 @@ def num_pages(config: EngineConfig, bytes_per_token: int, spare_bytes: int | Non
     per_sequence = -(-config.max_model_len // config.page_size)
     page_bytes = config.page_size * bytes_per_token
     if config.kv_cache_memory is None:
-        wanted = per_sequence * config.max_num_seqs
+        wanted = per_sequence * max(config.max_num_seqs, _LEAST_SEQUENCES)
         return (
             wanted if spare_bytes is None else min(wanted, max(per_sequence, int(spare_bytes * _SHARE) // page_bytes))
         )

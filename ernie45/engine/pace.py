@@ -9,13 +9,13 @@ number of sequences, and what each further token adds. Results do not depend on 
 
 from __future__ import annotations
 
-_SLOWDOWN = 1.65
+_SLOWDOWN = 1.8
 """How much longer a step may take than one without prompts. Below 2: steps grow with the prompt, and averages lag behind."""
 _MOST_WAITING = 8
 """How many waiting sequences per decoding one count at most: steps stay short enough for a reader."""
 _FIRST = 32
 """Tokens while nothing has been measured."""
-_LEAST = 8
+_LEAST = 4
 """Fewer would hardly get a prompt done: most of such a step is the weights' way through memory, which decodes take anyway."""
 _WEIGHT = 0.25
 """Of the newest measurement in an average."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
-from ernie45.engine.client import EngineClient
+from ernie45.engine.client import EngineClient, Spawned
 from ernie45.engine.defaults import model_defaults
 from ernie45.engine.wire import Launch, Loading, Started
 from ernie45.errors import CapacityError, EngineDownError
@@ -48,14 +48,15 @@ async def serve(
     *,
     on_ready: Callable[[Running], None] = lambda running: None,
     on_loading: Callable[[Loading], None] | None = None,
+    spawned: Spawned | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT; a second signal cuts the wait for running requests short.
 
-    Raises: CapacityError if the address cannot be listened on; what loading the model raises.
+    Args: spawned: the engine's process, if it was started ahead. Raises: CapacityError if the address cannot be listened on; what loading the model raises.
     """
     listener = _listen(config)
     _allow_files(config.limits.connections)
-    engine = EngineClient(launch, on_loading=on_loading)
+    engine = EngineClient(launch, spawned=spawned, on_loading=on_loading)
     starting = asyncio.create_task(engine.start())  # the other process loads while this one prepares
     stop = _Signals()
     try:

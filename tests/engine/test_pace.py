@@ -25,11 +25,11 @@ def settled(pace: Pace, num_decodes: int, quiet_s: float, per_token_s: float, st
 )
 def test_steps_with_prompts_take_less_than_twice_as_long(num_decodes: int, quiet_s: float, per_token_s: float) -> None:
     room = settled(Pace(512), num_decodes, quiet_s, per_token_s)
-    assert 8 <= room <= 512
-    if room > 8:
+    assert 4 <= room <= 512
+    if room > 4:
         assert quiet_s + room * per_token_s <= 2 * quiet_s
     if room < 512:
-        assert quiet_s + (room + 2) * per_token_s >= 1.6 * quiet_s, "room was left unused"
+        assert quiet_s + (room + 2) * per_token_s >= 1.75 * quiet_s, "room was left unused"
 
 
 def test_it_follows_a_cost_that_grows_with_the_context() -> None:
