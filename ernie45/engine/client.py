@@ -260,7 +260,7 @@ class EngineClient:
         """One life of the process. Returns whether it came to serve."""
         self._not_started = None
         try:
-            spawned, self._spawned = self._spawned or spawn(), None
+            spawned, self._spawned = self._spawned or self._spawn(), None
         except OSError as error:  # no memory, no process, no file descriptor: later there may be
             self.last_error = f"it could not be started: {error.strerror}"
             return False
@@ -286,6 +286,9 @@ class EngineClient:
             self._fail_all()
             await self._reap()
         return served
+
+    def _spawn(self) -> Spawned:
+        return spawn()
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         frames = wire.Frames()

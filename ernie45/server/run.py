@@ -52,7 +52,8 @@ async def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; a second signal cuts the wait for running requests short.
 
-    Args: spawned: the engine's process, if it was started ahead. Raises: CapacityError if the address cannot be listened on; what loading the model raises.
+    Args: spawned: the engine's process, if it was started ahead.
+    Raises: CapacityError if the address cannot be listened on; what loading the model raises.
     """
     listener = _listen(config)
     _allow_files(config.limits.connections)

@@ -76,6 +76,7 @@ class EventStream(Response):
             async with self._lock:
                 self._sending_since = time.monotonic()
                 await send(head)
+                self._sending_since = None
             async for chunk in self._frames:
                 await self._send(send, chunk)
             await self._send(send, b"", more=False)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ernie45.engine import client as module
-from ernie45.engine.client import Answer, EngineClient
+from ernie45.engine.client import Answer, EngineClient, Spawned
 from ernie45.engine.params import SamplingParams
 from ernie45.engine.request import End
 from ernie45.engine.wire import Launch, Submit
@@ -31,17 +31,17 @@ class FakedClient(EngineClient):
         self.behaviours = list(behaviours)
         self.pids: list[int] = []
 
-    def _spawn(self) -> socket.socket:
+    def _spawn(self) -> Spawned:
         behaviour = self.behaviours.pop(0) if len(self.behaviours) > 1 else self.behaviours[0]
         if behaviour == "cannot be started":
             raise OSError(11, "Resource temporarily unavailable")
         ours, theirs = socket.socketpair()
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, str(FAKE), behaviour, str(theirs.fileno())], pass_fds=[theirs.fileno()]
         )
         theirs.close()
-        self.pids.append(self._process.pid)
-        return ours
+        self.pids.append(process.pid)
+        return Spawned(process, ours)
 
 
 def _slow_exit(timeout: float | None = None) -> int:

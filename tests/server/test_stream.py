@@ -56,6 +56,21 @@ def stream(frames: AsyncIterator[bytes], ended: list[str], **settings: Any) -> E
     )
 
 
+def test_a_first_frame_may_take_longer_than_a_client_that_does_not_read() -> None:
+    async def frames() -> AsyncIterator[bytes]:
+        await asyncio.sleep(0.8)  # a long prompt, or a long queue
+        yield DONE
+
+    async def check() -> None:
+        wire = Wire()
+        ended: list[str] = []
+        await stream(frames(), ended)({"type": "http"}, wire.receive, wire.send)
+        assert wire.body.startswith(b": keep-alive\n\n")
+        assert wire.body.endswith(DONE)
+
+    asyncio.run(check())
+
+
 def test_silence_is_filled_with_comments() -> None:
     async def frames() -> AsyncIterator[bytes]:
         yield b"data: 1\n\n"
