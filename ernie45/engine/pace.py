@@ -1,7 +1,7 @@
 """How many prompt tokens a step may carry beside sequences that decode: as many as make it less than twice as long.
 
-Where more sequences wait than decode, a step may take longer in proportion: holding up one for the sake of seven is fair, and the
-sooner they decode together, the more each step brings.
+Where many sequences wait for few that decode, a step may take longer in proportion: holding up one for the sake of seven is fair,
+and the sooner they decode together, the more each step brings.
 
 What a step costs depends on model, machine, context and company, so it is measured: the time of steps that only decode, by the
 number of sequences, and what each further token adds. Results do not depend on how prompts are cut, only times do.
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 _SLOWDOWN = 1.8
 """How much longer a step may take than one without prompts. Below 2: steps grow with the prompt, and averages lag behind."""
-_MOST_WAITING = 8
-"""How many waiting sequences per decoding one count at most: steps stay short enough for a reader."""
+_PER_WAITING, _MOST = 2.0, 16.0
+"""What each waiting sequence per decoding one adds to the share of prompts, and the most that it becomes: steps stay short enough
+for a reader."""
 _FIRST = 32
 """Tokens while nothing has been measured."""
 _LEAST = 4
@@ -37,7 +38,7 @@ class Pace:
         quiet_s = self._quiet(num_decodes)
         if quiet_s is None or self._per_token_s is None:
             return min(_FIRST, self._most)
-        share = min(max(num_waiting / max(num_decodes, 1), 1.0), _MOST_WAITING)
+        share = min(max(_PER_WAITING * num_waiting / max(num_decodes, 1), 1.0), _MOST)
         return min(max(int((_SLOWDOWN - 1) * share * quiet_s / self._per_token_s), _LEAST), self._most)
 
     def observe(self, num_decodes: int, num_others: int, seconds: float) -> None:

@@ -57,9 +57,9 @@ def test_the_nearest_number_of_sequences_stands_in() -> None:
 def test_more_who_wait_get_more() -> None:
     pace = Pace(512)
     base = settled(pace, 2, 0.02, 0.001)
-    assert pace.room(2, 1) == pace.room(2, 2) == base
-    assert pace.room(2, 6) == pytest.approx(3 * base, abs=3)
-    assert pace.room(2, 16) == pace.room(2, 100) == pytest.approx(8 * base, abs=8)
+    assert pace.room(2, 0) == pace.room(2, 1) == base
+    assert pace.room(2, 3) == pytest.approx(3 * base, abs=3)
+    assert pace.room(2, 16) == pace.room(2, 100) == pytest.approx(16 * base, abs=16)
 
 
 def test_a_fixed_number_stays() -> None:

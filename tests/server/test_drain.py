@@ -134,13 +134,22 @@ def test_a_client_that_does_not_read_holds_up_no_exit(start: Callable[..., Serve
 def test_a_signal_amid_loading_ends_it(model_folder: Callable[[str], Path]) -> None:
     command = [sys.executable, "-m", "ernie45.cli.main", "serve", str(model_folder("ernie")), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_until(lambda: bool(_children(process.pid)), 20, "the engine's process is there")
-    time.sleep(0.1)
+    wait_until(lambda: _catches(process.pid, signal.SIGTERM), 20, "the server listens to signals")
+    assert _children(process.pid), "the engine's process was started before"
     process.send_signal(signal.SIGTERM)
     out, log = process.communicate(timeout=10)
     assert process.returncode == 0, log
     assert "Traceback" not in log
     assert "Ctrl-C stops" not in out
+
+
+def _catches(pid: int, number: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def _children(pid: int) -> str:
