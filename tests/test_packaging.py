@@ -126,7 +126,7 @@ def test_versions_agree() -> None:
 
 def test_installed_metadata_has_licence_and_command() -> None:
     distribution = installed()
-    assert distribution.metadata["License-Expression"] == "Apache-2.0"
+    assert distribution.metadata["License-Expression"] == "Apache-2.0 AND MIT"  # the chat page brings MIT code
     assert distribution.metadata.get_all("License-File") == ["LICENSE"]
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
     (command,) = (entry for entry in distribution.entry_points if entry.group == "console_scripts")
