@@ -127,7 +127,8 @@ def test_versions_agree() -> None:
 def test_installed_metadata_has_licence_and_command() -> None:
     distribution = installed()
     assert distribution.metadata["License-Expression"] == "Apache-2.0 AND MIT"  # the chat page brings MIT code
-    assert distribution.metadata.get_all("License-File") == ["LICENSE"]
+    vendored = [f"ernie45/server/page/vendor/LICENSE-{name}" for name in ("htm", "marked", "preact")]
+    assert sorted(distribution.metadata.get_all("License-File") or ()) == ["LICENSE", *vendored]
     assert distribution.read_text("licenses/LICENSE") == (ROOT / "LICENSE").read_text()
     (command,) = (entry for entry in distribution.entry_points if entry.group == "console_scripts")
     assert (command.name, command.value) == ("ernie", "ernie45.cli.main:main")
@@ -141,6 +142,8 @@ def test_wheel_is_complete_and_works_elsewhere(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, ERNIE_REQUIRE_NATIVE="1")
     packed = set(zipfile.ZipFile(wheel).namelist())
     sources = {file.relative_to(ROOT).as_posix() for file in (ROOT / "ernie45").rglob("*.py")}
+    page = ROOT / "ernie45" / "server" / "page"
+    sources |= {file.relative_to(ROOT).as_posix() for file in page.rglob("*") if file.is_file()}
     info = f"ernie45-{declared_version()}.dist-info"
     expected = sources | {"ernie45/py.typed", "ernie45/kernels/_native.pyi", f"{info}/licenses/LICENSE"}
     assert expected <= packed
