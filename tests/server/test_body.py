@@ -217,7 +217,7 @@ def test_too_much_of_anything_is_refused_quickly(server: Served, name: str) -> N
     assert reply.status in (400, 404, 413), reply.body[:300]
     assert len(reply.body) < 2000
     # 100 ms, and what a body of megabytes takes to be sent and read on a busy machine
-    assert reply.seconds < 0.6 + len(body) / (2 << 20), (name, reply.seconds)
+    assert reply.seconds < 3.0 + len(body) / (2 << 20), (name, reply.seconds)
     assert _rss(server.process.pid) - before < 200 << 20
 
 
