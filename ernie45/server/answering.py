@@ -122,11 +122,13 @@ class Answering:
         """Args: on_end: called once, when the engine has ended all of it, however that came."""
         self.plans, self._answers, self._on_end = plans, answers, on_end
         self._closing: asyncio.Task[None] | None = None
-        self.scores: list[PromptScores | None] = [None] * len(plans)
+        self.scores: list[tuple[TokenLogprob, ...]] = [()] * len(plans)
         """Of each plan's prompt, if asked for; there before the plan's first delta."""
         self.timings = Timings(arrived=arrived)
         self._open: list[set[int]] = [set(range(plan.params.n)) for plan in plans]
         self._readers: dict[int, _Reader] = {}
+        self.finish_reasons: list[FinishReason] = []
+        """Of the choices that have ended, in their order."""
 
     @property
     def usage(self) -> Usage:
@@ -141,7 +143,8 @@ class Answering:
     async def deltas(self) -> AsyncIterator[Delta]:
         """What comes, as it comes; choices interleave.
 
-        Raises: ApiError if the engine fails at the request. Whoever iterates calls `close` in the end.
+        Raises: ApiError, RequestError if the engine fails at the request; EngineDownError if it dies meanwhile. Whoever iterates
+        calls `close` in the end.
         """
         async for number, event in self._events():
             if isinstance(event, Output):
@@ -151,13 +154,13 @@ class Answering:
                         self.timings.first = time.monotonic()
                     yield delta
             elif isinstance(event, PromptScores):
-                self.scores[number] = event
+                self.scores[number] = event.logprobs
             else:
                 self._close(number, event)
         self.timings.ended = time.monotonic()
 
     async def whole(self) -> list[Choice]:
-        """All choices, when the last has ended. Raises: ApiError as `deltas` does."""
+        """All choices, when the last has ended. Raises: what `deltas` raises."""
         parts: dict[int, list[Part]] = {}
         choices: dict[int, Choice] = {}
         pieces: dict[int, list[Piece]] = {}
@@ -194,15 +197,12 @@ class Answering:
 
     async def _events(self) -> AsyncIterator[tuple[int, Event]]:
         """Events with the number of their plan."""
-        try:
-            if len(self._answers) == 1:
-                async for event in self._answers[0]:
-                    yield 0, event
-                return
-            async for item in _merged(self._answers):
-                yield item
-        except EngineDownError as error:
-            raise ApiError(503, str(error), code="engine_unavailable", headers={"Retry-After": "2"}) from error
+        if len(self._answers) == 1:
+            async for event in self._answers[0]:
+                yield 0, event
+            return
+        async for item in _merged(self._answers):
+            yield item
 
     def _read(self, number: int, output: Output) -> Delta | None:
         plan = self.plans[number]
@@ -220,6 +220,8 @@ class Answering:
         elif finish is not None:
             self._open[number].discard(output.index)
             finish = "tool_calls" if finish == "stop" and reader.has_calls else finish
+        if finish is not None:
+            self.finish_reasons.append(finish)
         return Delta(index=index, parts=parts, piece=output.piece, finish_reason=finish)
 
     def _end_early(self, number: int, choice: int) -> None:
@@ -238,6 +240,16 @@ class Answering:
         if end.cause == "timeout":
             raise ApiError(504, end.reason or "the request took too long", code="timeout")
         raise ApiError(500, "the model failed at this request; the server's log says why", code="model_failed")
+
+
+async def in_chunks(deltas: AsyncIterator[Delta], chunk_tokens: int) -> AsyncIterator[list[Delta]]:
+    """Deltas of one choice at a time, as many as make so many tokens; fewer at its end."""
+    held: dict[int, list[Delta]] = {}
+    async for delta in deltas:
+        waiting = held.setdefault(delta.index, [])
+        waiting.append(delta)
+        if delta.finish_reason is not None or sum(len(one.piece.ids) for one in waiting) >= chunk_tokens:
+            yield held.pop(delta.index)
 
 
 class _Reader:
@@ -260,10 +272,8 @@ class _Reader:
         if not self._reading.parallel_calls:
             parts = self._up_to_first_call(parts)
         if piece.finish_reason is not None and not self.done:
-            parts = [
-                *parts,
-                *self._parser.finish(),
-            ]  # which closes a call that was cut: the answer's reason stays `length`
+            # This closes a call that was cut, too: the answer's reason stays `length`.
+            parts = [*parts, *self._parser.finish()]
         self.has_calls = self.has_calls or any(isinstance(part, ToolCallBegun) for part in parts)
         return parts
 

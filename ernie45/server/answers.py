@@ -13,9 +13,10 @@ from ernie45.engine.request import Usage
 from ernie45.server.answering import Answering
 from ernie45.server.asgi import error_bytes, json_bytes
 from ernie45.server.errors import ApiError, api_error
+from ernie45.server.guard import log_failure
 from ernie45.server.keys import Caller
 from ernie45.server.service import Service
-from ernie45.server.stream import KEEP_ALIVE, EventStream
+from ernie45.server.stream import KEEP_ALIVE, EventStream, client_gone
 
 _Result = TypeVar("_Result")
 
@@ -52,7 +53,7 @@ def extra_headers(request: Request, unknown_fields: list[str]) -> dict[str, str]
 async def unless_gone(request: Request, answering: Answering, work: Awaitable[_Result]) -> _Result:
     """Wait for an answer as long as the client does; in the end nothing of it runs on. Raises: ApiError if it left."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_disconnected(request))
+    gone = asyncio.create_task(client_gone(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -85,7 +86,7 @@ def streamed(
         except Exception as error:
             shaped = api_error(error)
             if shaped.status == 500:
-                request.app.state.log_failure(request.scope, error)
+                log_failure(request.scope, error)
             yield b"data: " + error_bytes(request.scope, shaped) + b"\n\n" if on_error is None else on_error(shaped)
 
     return EventStream(
@@ -111,8 +112,3 @@ def usage_body(usage: Usage) -> dict[str, Any]:
             "rejected_prediction_tokens": usage.drafted_tokens - usage.accepted_tokens,
         },
     }
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

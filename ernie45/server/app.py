@@ -48,7 +48,6 @@ def build_app(service: Service) -> ASGIApp:
         },
     )
     api.state.service = service
-    api.state.log_failure = log_failure
     for prefix in PREFIXES:
         documented = prefix == PREFIXES[0]  # one of three equal ones is enough to read
         for router in (

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from ernie45.processing.answer_parser import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallBegun
 from ernie45.processing.answer_parser import Event as Part
-from ernie45.server.answering import Answering, Choice, Delta, Plan
+from ernie45.server.answering import Answering, Choice, Delta, Plan, in_chunks
 from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone, usage_body
 from ernie45.server.body import JsonRoute
 from ernie45.server.chat_plan import chat_plan, text_of
@@ -69,13 +69,7 @@ class _Shaper:
             "choices": [self._choice(choice) for choice in choices],
             "usage": usage_body(self._answering.usage),
         }
-        scores = self._answering.scores[0]
-        if self._body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = prompt_logprobs(self._service.tokenizer, scores.logprobs if scores else ())
-        if self._body.return_token_ids:
-            answer["prompt_token_ids"] = list(self._plan.prompt)
-        for choice in choices:
-            self._service.metrics.finished(choice.finish_reason)
+        self._add_prompt(answer)
         return answer
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
@@ -99,7 +93,7 @@ class _Shaper:
             "message": message,
             "logprobs": chat_logprobs(self._service.tokenizer, choice.logprobs) if self._body.logprobs else None,
             "finish_reason": self._finish_reason(choice.finish_reason),
-            "stop_reason": self._stop_reason(choice.last.stop_reason),
+            "stop_reason": self._body.stop_reason(choice.last.stop_reason),
         }
         if choice.last.finish_detail is not None:
             shown["finish_detail"] = choice.last.finish_detail
@@ -112,16 +106,11 @@ class _Shaper:
         for index in range(self._plan.params.n):
             role = {"role": "assistant", "content": self._echoed}
             yield data(self._chunk([{"index": index, "delta": role, "logprobs": None, "finish_reason": None}]))
-        held: dict[int, list[Delta]] = {}
         completion_tokens = 0
         first = True
-        async for delta in self._answering.deltas():
-            completion_tokens += len(delta.piece.ids)
-            waiting = held.setdefault(delta.index, [])
-            waiting.append(delta)
-            if delta.finish_reason is None and sum(len(one.piece.ids) for one in waiting) < self._body.chunk_tokens:
-                continue
-            for shown in self._shown(held.pop(delta.index)):
+        async for deltas in in_chunks(self._answering.deltas(), self._body.chunk_tokens):
+            completion_tokens += sum(len(delta.piece.ids) for delta in deltas)
+            for shown in self._shown(deltas):
                 chunk = self._chunk([shown])
                 if first:
                     first = False
@@ -133,8 +122,6 @@ class _Shaper:
                         "total_tokens": len(self._plan.prompt) + completion_tokens,
                     }
                 yield data(chunk)
-            if delta.finish_reason is not None:
-                self._service.metrics.finished(delta.finish_reason)
         if self._body.wants_usage:
             yield data({**self._chunk([]), "usage": usage_body(self._answering.usage)})
         yield DONE
@@ -145,12 +132,12 @@ class _Shaper:
             chunk["usage"] = None
         return chunk
 
-    def _add_prompt(self, chunk: dict[str, Any]) -> None:
-        scores = self._answering.scores[0]
+    def _add_prompt(self, answer: dict[str, Any]) -> None:
+        """What was asked for of the prompt: to the whole answer, or to the first chunk."""
         if self._body.prompt_logprobs is not None:
-            chunk["prompt_logprobs"] = prompt_logprobs(self._service.tokenizer, scores.logprobs if scores else ())
+            answer["prompt_logprobs"] = prompt_logprobs(self._service.tokenizer, self._answering.scores[0])
         if self._body.return_token_ids:
-            chunk["prompt_token_ids"] = list(self._plan.prompt)
+            answer["prompt_token_ids"] = list(self._plan.prompt)
 
     def _shown(self, deltas: list[Delta]) -> list[dict[str, Any]]:
         """A choice's parts of chunks: what is new of it, then its end; none while nothing can be shown, as for half a character.
@@ -174,7 +161,7 @@ class _Shaper:
                 "delta": {},
                 "logprobs": None,
                 "finish_reason": self._finish_reason(last.finish_reason),
-                "stop_reason": self._stop_reason(last.piece.stop_reason),
+                "stop_reason": self._body.stop_reason(last.piece.stop_reason),
             }
             if last.finish_detail is not None:
                 end["finish_detail"] = last.finish_detail
@@ -205,8 +192,3 @@ class _Shaper:
 
     def _finish_reason(self, reason: str) -> str:
         return "function_call" if reason == "tool_calls" and self._legacy else reason
-
-    def _stop_reason(self, reason: str | int | None) -> str | int | None:
-        """What the caller asked to stop at; the model's own end token is no news."""
-        asked = self._body.stop_token_ids or ()
-        return reason if isinstance(reason, str) or reason in asked else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from ernie45.engine.params import SamplingParams
 from ernie45.errors import RequestError
-from ernie45.processing.constraint import Constraint, asked_constraint
+from ernie45.processing.constraint import Constraint
 from ernie45.server.answering import Plan, Reading
 from ernie45.server.errors import ApiError
 from ernie45.server.schema.chat import ChatMessage, ChatRequest, FunctionDefinition, FunctionName, NamedToolChoice
@@ -15,14 +15,6 @@ from ernie45.server.schema.sampling import sampling_params
 from ernie45.server.service import Service
 from ernie45.server.thinking import wants_thinking
 
-CONSTRAINT_FIELDS = (
-    "response_format",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
-    "structured_outputs",
-)
 _ECHOED = ("annotations", "cache_control", "parsed", "provider_specific_fields")
 """Fields of a message that say nothing to a model: parts of answers, which clients send back, and hints at caches."""
 
@@ -131,8 +123,7 @@ def _as_tool(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def _constraint(request: ChatRequest, tool_use: ToolUse) -> Constraint | None:
-    given = {name: getattr(request, name) for name in CONSTRAINT_FIELDS if getattr(request, name) is not None}
-    asked = asked_constraint(given)
+    asked = request.constraint()
     if not tool_use.forced:
         if asked is not None and tool_use.tools:
             return Constraint.calls_or(tool_use.tools, asked, parallel=tool_use.parallel)

@@ -13,11 +13,9 @@ from starlette.responses import Response
 from ernie45.engine.pieces import Piece, TokenLogprob
 from ernie45.errors import RequestError
 from ernie45.processing.answer_parser import ContentDelta
-from ernie45.processing.constraint import asked_constraint
-from ernie45.server.answering import Answering, Choice, Delta, Plan
+from ernie45.server.answering import Answering, Choice, Plan, in_chunks
 from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone, usage_body
 from ernie45.server.body import JsonRoute
-from ernie45.server.chat_plan import CONSTRAINT_FIELDS
 from ernie45.server.documented import ERRORS, JSON_OR_STREAM
 from ernie45.server.logprobs import completion_logprobs, prompt_logprobs
 from ernie45.server.schema.completions import Completion, CompletionRequest
@@ -62,8 +60,7 @@ def completion_plans(service: Service, body: CompletionRequest) -> list[Plan]:
         prompt_logprobs=_most(body.prompt_logprobs, body.logprobs if body.echo else None),
         special_tokens="keep" if body.skip_special_tokens is False else None,
     )
-    given = {name: getattr(body, name) for name in CONSTRAINT_FIELDS if getattr(body, name) is not None}
-    constraint = asked_constraint(given)
+    constraint = body.constraint()
     plans = []
     for number, prompt in enumerate(_prompts(body)):
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -108,8 +105,6 @@ class _Shaper:
 
     def completion(self, choices: list[Choice]) -> dict[str, Any]:
         """The whole answer."""
-        for choice in choices:
-            self._service.metrics.finished(choice.finish_reason)
         shown = [
             self._choice(choice.index, choice.parsed.content, choice.pieces, choice.finish_reason, first=True)
             for choice in choices
@@ -119,13 +114,8 @@ class _Shaper:
     async def frames(self) -> AsyncIterator[bytes]:
         """The answers as events, interleaved as they come."""
         begun: set[int] = set()
-        held: dict[int, list[Delta]] = {}
-        async for delta in self._answering.deltas():
-            waiting = held.setdefault(delta.index, [])
-            waiting.append(delta)
-            if delta.finish_reason is None and sum(len(one.piece.ids) for one in waiting) < self._body.chunk_tokens:
-                continue
-            deltas = held.pop(delta.index)
+        async for deltas in in_chunks(self._answering.deltas(), self._body.chunk_tokens):
+            delta = deltas[-1]
             text = "".join(part.text for one in deltas for part in one.parts if isinstance(part, ContentDelta))
             first = delta.index not in begun
             tells = self._body.logprobs is not None or bool(self._body.return_token_ids)
@@ -135,8 +125,6 @@ class _Shaper:
             pieces = [one.piece for one in deltas]
             shown = self._choice(delta.index, text, pieces, delta.finish_reason, first=first)
             yield data({**self._head, "choices": [shown]})
-            if delta.finish_reason is not None:
-                self._service.metrics.finished(delta.finish_reason)
         if self._body.wants_usage:
             yield data({**self._head, "choices": [], "usage": usage_body(self._answering.usage)})
         yield DONE
@@ -161,7 +149,7 @@ class _Shaper:
             )
             ids = [*plan.prompt, *ids]
             if body.logprobs is not None:
-                logprobs = [None, *(scores.logprobs if scores else ()), *logprobs]
+                logprobs = [None, *scores, *logprobs]
         last = pieces[-1]
         shown: dict[str, Any] = {
             "index": index,
@@ -170,13 +158,11 @@ class _Shaper:
             "finish_reason": finish_reason,
         }
         if finish_reason is not None:
-            asked = body.stop_token_ids or ()
-            stop = last.stop_reason
-            shown["stop_reason"] = stop if isinstance(stop, str) or stop in asked else None
+            shown["stop_reason"] = body.stop_reason(last.stop_reason)
             if last.finish_detail is not None:
                 shown["finish_detail"] = last.finish_detail
         if first and body.prompt_logprobs is not None:
-            shown["prompt_logprobs"] = prompt_logprobs(tokenizer, scores.logprobs if scores else ())
+            shown["prompt_logprobs"] = prompt_logprobs(tokenizer, scores)
         if body.return_token_ids:
             shown["token_ids"] = ids
             if first:

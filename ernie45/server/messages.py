@@ -149,7 +149,6 @@ class _Writer:
         assert self._last is not None, "the answer has ended"
         reason, met = self._last.finish_reason, self._last.piece.stop_reason
         assert reason is not None, "the answer has ended"
-        self._service.metrics.finished(reason)
         match reason:
             case "tool_calls":
                 return {"stop_reason": "tool_use", "stop_sequence": None}

@@ -11,7 +11,6 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from ernie45.engine.client import EngineClient
-from ernie45.engine.pieces import FinishReason
 from ernie45.server.answering import Answering
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -88,14 +87,12 @@ class Metrics:
         """An HTTP answer was sent."""
         self._http.labels(self._model, route, str(status)).inc()
 
-    def finished(self, reason: FinishReason | str) -> None:
-        """A choice has ended."""
-        self._finished.labels(self._model, reason).inc()
-
     def ended(self, answering: Answering) -> None:
         """A request has ended, one way or the other."""
         usage, timings = answering.usage, answering.timings
         model = self._model
+        for reason in answering.finish_reasons:
+            self._finished.labels(self._model, reason).inc()
         if answering.failed:
             self._failed.labels(model).inc()
         self._prompt.labels(model).inc(usage.prompt_tokens)

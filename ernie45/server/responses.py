@@ -123,7 +123,6 @@ class _Writer:
 
     def _ended(self) -> dict[str, Any]:
         assert self._finish_reason is not None, "the answer has ended"
-        self._service.metrics.finished(self._finish_reason)
         response = self._response("incomplete" if self._finish_reason == "length" else "completed")
         response["usage"] = _usage(self._answering.usage)
         if self._finish_reason == "length":

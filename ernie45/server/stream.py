@@ -60,7 +60,7 @@ class EventStream(Response):
         """Send everything, or stop where there is no sense in going on."""
         head = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         writer = asyncio.create_task(self._write(send, head))
-        others = [asyncio.create_task(_gone(receive)), asyncio.create_task(self._watch(scope, send))]
+        others = [asyncio.create_task(client_gone(receive)), asyncio.create_task(self._watch(scope, send))]
         try:
             await asyncio.wait([writer, *others], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -105,7 +105,7 @@ class EventStream(Response):
                 await self._send(send, self._keep_alive)
 
 
-async def _gone(receive: Receive) -> None:
+async def client_gone(receive: Receive) -> None:
     """Return when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ernie45.engine.params import MAX_LOGPROBS, LoopDetection, SamplingParams
 from ernie45.errors import RequestError
+from ernie45.processing.constraint import Constraint, asked_constraint
 from ernie45.processing.tokenizer import Tokenizer
 from ernie45.server.errors import ApiError
 
@@ -17,6 +18,14 @@ StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 _MAX_STOP = 64
 _MAX_IDS = 1024
+_CONSTRAINT_FIELDS = (
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+)
 
 # Fields that other servers know and this one does not: the values that ask for nothing are accepted, others refused.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -149,6 +158,15 @@ class SamplingFields(BaseModel):
     def wants_running_usage(self) -> bool:
         """Whether every chunk has the usage so far."""
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    def constraint(self) -> Constraint | None:
+        """What the text of the answer is forced to. Raises: RequestError."""
+        given = {name: getattr(self, name) for name in _CONSTRAINT_FIELDS}
+        return asked_constraint(given)
+
+    def stop_reason(self, met: str | int | None) -> str | int | None:
+        """What of that which ended an output the caller asked to stop at; the model's own end token is no news."""
+        return met if isinstance(met, str) or met in (self.stop_token_ids or ()) else None
 
     def unknown_fields(self) -> list[str]:
         """Fields that no server is known to have: accepted, and named in a warning header.
