@@ -382,18 +382,17 @@ class GgufSource(Source):
             super().fill(out, target, box)
 
 
-class ModuleSource(Source):
-    """A network in memory."""
+class TensorSource(Source):
+    """Tensors in memory, named as in the network's `state_dict`."""
 
     format = "module"
     mtp_dropped = False
 
-    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
         self.config, self.where = config, "the model in memory"
-        self._tensors = model.state_dict()
+        self._tensors = tensors
         layout = [
-            Stored(name=name, shape=tuple(tensor.shape), parts=(Part(target=name),))
-            for name, tensor in self._tensors.items()
+            Stored(name=name, shape=tuple(tensor.shape), parts=(Part(target=name),)) for name, tensor in tensors.items()
         ]
         super().__init__(layout)
 
@@ -403,6 +402,13 @@ class ModuleSource(Source):
 
     def stored_dtype(self, stored: Stored) -> torch.dtype:
         return self._tensors[stored.name].dtype
+
+
+class ModuleSource(TensorSource):
+    """A network in memory."""
+
+    def __init__(self, model: nn.Module, config: ModelConfig) -> None:
+        super().__init__(model.state_dict(), config)
 
 
 def open_source(path: str | Path) -> SafetensorsSource | GgufSource | PackedSource:

@@ -192,6 +192,16 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="the run file")
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="win over the file")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME-OF-THE-FILE)")
+    parser.add_argument("--schema", action="store_true", help="print what a run file may hold, with every default")
+    parser.add_argument(
+        "--from-erniekit", type=Path, metavar="FILE", help="print an ERNIEKit file as a run file, and what is left out"
+    )
+
+
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="name, folder or .gguf file")
     parser.add_argument("--against", choices=("transformers",), help="also compare logits with this implementation")
@@ -272,6 +282,15 @@ VERBS: dict[str, Verb] = {
         (
             ("ernie bench smollm2-135m --peer transformers", "side by side"),
             ("ernie bench --shape 0.3b --scheme wint4-all", "random weights of a published size"),
+        ),
+    ),
+    "train": Verb(
+        "Train a model as a run file says; the same command again goes on where the run stopped. Ctrl-C saves first.",
+        _train,
+        (
+            ("ernie train run.yaml", "in runs/run"),
+            ("ernie train run.yaml optimizer.lr=1e-4 --run runs/low", "with another value, in another folder"),
+            ("ernie train --schema > all.yaml", "every section and key, explained"),
         ),
     ),
     "verify": Verb(

@@ -23,7 +23,7 @@ EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 130, 128 + signal.SIGPIPE
 _OVERVIEW = """\
 usage: ernie VERB [...]
 
-Run ERNIE 4.5 models on this machine.
+Run, serve and train ERNIE 4.5 models on this machine.
 
   ernie chat                       talk to the default model
   ernie chat MODEL "a question"    one answer, then exit
@@ -34,6 +34,7 @@ Run ERNIE 4.5 models on this machine.
   ernie show MODEL                 parameters, context, size, memory needed
   ernie convert SRC DST --to pt|paddle|gguf
   ernie quantize MODEL --scheme wint8|wint4|wint4-all
+  ernie train RUN.yaml             pre-train, tune or align a model
   ernie bench MODEL                tokens per second, against the machine's bound
   ernie verify MODEL               check every tensor
   ernie doctor                     versions, CPU, memory, what to fix

@@ -231,8 +231,23 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in self._saved_files().items():
+        for name, data in self.saved_files().items():
             (folder / name).write_bytes(data)
+
+    def saved_files(self) -> dict[str, bytes]:
+        """The files that `save` writes, by name."""
+        files = dict(self._files)
+        if self._chosen_format is not None:
+            config = parse_json(files.get(CONFIG, b"{}"), CONFIG) | {FORMAT_KEY: self._chosen_format}
+            files[CONFIG] = json.dumps(config, ensure_ascii=False, indent=2).encode()
+        if self._eos_ids:
+            generation = parse_json(self._generation or b"{}", GENERATION)
+            if set(_as_list(generation.get("eos_token_id"))) != self._eos_ids:
+                generation["eos_token_id"] = sorted(self._eos_ids)
+                files[GENERATION] = json.dumps(generation, ensure_ascii=False, indent=2).encode()
+            elif self._generation is not None:
+                files[GENERATION] = self._generation
+        return files
 
     def gguf_metadata(self) -> dict[str, Any]:
         """Return the `tokenizer.*` metadata of a GGUF file. Raises: CheckpointError if GGUF knows no such kind."""
@@ -288,20 +303,6 @@ class Tokenizer:
         digest.update(json.dumps(behaviour, sort_keys=True).encode())
         digest.update(b"\0".join(self.vocabulary.data))
         return digest.hexdigest()
-
-    def _saved_files(self) -> dict[str, bytes]:
-        files = dict(self._files)
-        if self._chosen_format is not None:
-            config = parse_json(files.get(CONFIG, b"{}"), CONFIG) | {FORMAT_KEY: self._chosen_format}
-            files[CONFIG] = json.dumps(config, ensure_ascii=False, indent=2).encode()
-        if self._eos_ids:
-            generation = parse_json(self._generation or b"{}", GENERATION)
-            if set(_as_list(generation.get("eos_token_id"))) != self._eos_ids:
-                generation["eos_token_id"] = sorted(self._eos_ids)
-                files[GENERATION] = json.dumps(generation, ensure_ascii=False, indent=2).encode()
-            elif self._generation is not None:
-                files[GENERATION] = self._generation
-        return files
 
 
 def _cut(text: str, mark: str) -> str:

@@ -86,9 +86,7 @@ def save_model(
     """
     files = dict(extra_files or {})
     if tokenizer is not None:
-        with TemporaryDirectory() as scratch:
-            tokenizer.save(scratch)
-            files = {path.name: path.read_bytes() for path in Path(scratch).iterdir()} | files
+        files = tokenizer.saved_files() | files
     write_folder(
         ModuleSource(model, model.config),
         folder,
