@@ -82,12 +82,15 @@ def token_weights(
 
     `token`: 1 / tokens (DAPO: long answers count by their length). `answer`: 1 / (answers * own length) (GRPO as published, PPO
     over sequences; needed for GSPO). `constant`: 1 / (answers * longest possible) (Dr. GRPO: no bias for any length).
+    Raises: ConfigError for another name; ShapeError for the mean of an empty answer.
     """
     if averaging == "token":
         return torch.full((sum(lengths),), 1 / total_tokens)
     if averaging == "constant":
         return torch.full((sum(lengths),), 1 / (total_answers * max_tokens))
     if averaging == "answer":
+        if min(lengths, default=1) < 1:
+            raise ShapeError(f"an answer of {min(lengths)} tokens has no mean: drop empty answers")
         return spread_to_tokens(torch.tensor([1 / (total_answers * length) for length in lengths]), lengths)
     raise ConfigError(f"averaging is {averaging!r}, expected one of {', '.join(get_args(Averaging))}")
 
