@@ -63,8 +63,7 @@ class BiasBalance:
     def __init__(self, routers: Iterable[Router], *, rate: float = 1e-3, reduce: Reduce | None = None) -> None:
         """Args: rate: 1e-3 in the released configurations, 0 in the tuning of vision models. reduce: for many processes."""
         self._rate, self._reduce = rate, reduce
-        able = [router for router in routers if router.e_score_correction_bias is not None]
-        self._tally = RouterTally([router for router in able if rate and router.weight.requires_grad])
+        self._tally = RouterTally([router for router in routers if rate and router.e_score_correction_bias is not None])
 
     def observe(self, records: Iterable[RouterRecord]) -> None:
         """Count the choices of one micro-batch."""
@@ -77,7 +76,8 @@ class BiasBalance:
         for router, usage_E in zip(self._tally.routers, self._tally.take(self._reduce), strict=True):
             bias_E = router.e_score_correction_bias
             assert bias_E is not None, "a router without a bias is not counted"
-            bias_E.add_((usage_E.mean() - usage_E).sign().to(bias_E), alpha=self._rate)
+            if router.weight.requires_grad:
+                bias_E.add_((usage_E.mean() - usage_E).sign().to(bias_E), alpha=self._rate)
 
 
 class DecoupledOrthogonal:
@@ -87,16 +87,15 @@ class DecoupledOrthogonal:
     """
 
     def __init__(self, routers: Iterable[Router], *, weight: float) -> None:
-        self._gates = [router.weight for router in routers if router.weight.requires_grad]
+        self._gates = [router.weight for router in routers]
         self._weight = weight
 
     @torch.no_grad()
     def step(self) -> None:
         """Move every gate once."""
-        if not self._weight:
-            return
         for gate_EH in self._gates:
-            gate_EH.sub_(orthogonal_gradient(gate_EH).to(gate_EH.dtype), alpha=self._weight)
+            if gate_EH.requires_grad and self._weight:
+                gate_EH.sub_(orthogonal_gradient(gate_EH).to(gate_EH.dtype), alpha=self._weight)
 
 
 def orthogonal_gradient(weight_EH: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ def test_at_rate_zero_nothing_moves() -> None:
 def test_routers_are_known_by_identity() -> None:
     """The first is frozen, the third did not run, records come in another order: everybody's counts reach their owner."""
     frozen, one, idle, other = (_router() for _ in range(4))
-    frozen.weight.requires_grad_(False)
     balance = BiasBalance([frozen, one, idle, other], rate=1.0)
+    frozen.weight.requires_grad_(False)
     balance.observe([_record(other, [[2, 3]]), _record(frozen, [[0, 3]]), _record(one, [[0, 1]])])
     balance.step()
     assert _bias(frozen) == [0, 0, 0, 0]

@@ -16,7 +16,6 @@ from ernie45.training.losses.advantage import (
     gae,
     group_advantages,
     normalize_by_subset,
-    token_rewards,
     whiten,
 )
 
@@ -102,13 +101,6 @@ def test_gae_has_no_gradient_and_refuses_what_makes_no_sense() -> None:
             gae(torch.ones(2), values, [2], **fields)
     with pytest.raises(ShapeError, match="do not fit 2 packed values"):
         gae(torch.ones(2), values, [3])
-
-
-def test_rewards_of_tokens_by_hand() -> None:
-    scores, distance = torch.tensor([5.0, -1.0]), torch.tensor([0.1, 0.2, -0.3])
-    assert token_rewards(scores, [2, 1]).tolist() == [0, 5, -1]
-    found = token_rewards(scores, [2, 1], log_ratios_T=distance, kl_weight=2.0)
-    torch.testing.assert_close(found, torch.tensor([-0.2, 4.6, -0.4]))
 
 
 def test_whitening() -> None:

@@ -21,7 +21,6 @@ from ernie45.training.losses.preference import (
     combine,
     preference_losses,
     preference_metrics,
-    scored_tokens,
 )
 
 LOSSES = get_args(PairLoss)
@@ -230,14 +229,6 @@ def test_scores_are_sums_means_or_sums_of_equal_length() -> None:
     assert found(_config("sigmoid", normalize_logps=True)) == [[-8, -4], [-8, -2]]
     with pytest.raises(ShapeError, match="no scored token"):
         answer_scores(sums_c, sums_r, torch.tensor([2, 0]), lengths_r, _config("sigmoid"))
-
-
-def test_the_closing_token_is_not_scored_unless_wanted() -> None:
-    learnt = torch.tensor([False, True, True, False, True, False])
-    assert scored_tokens(learnt, mask_out_eos=True).tolist() == [False, True, True, False, False, False]
-    assert scored_tokens(learnt, mask_out_eos=False).tolist() == learnt.tolist()
-    assert learnt[4], "the argument stays as it is"
-    assert not scored_tokens(torch.zeros(3, dtype=torch.bool), mask_out_eos=True).any()
 
 
 def test_the_sum_of_preference_and_likelihood_by_hand() -> None:

@@ -11,21 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ernie45.errors import ConfigError
-from ernie45.training.losses.policy import token_weights
-from ernie45.training.losses.ppo import PolicyBatch, PolicyConfig, policy_loss
+from ernie45.training.losses.policy import clipped_policy_losses, token_log_ratios, token_weights
 from ernie45.training.losses.preference import PairScores, PreferenceConfig, combine, preference_losses
 from ernie45.training.losses.upo import best_and_worst, upo_loss
 
 
 def _ppo(logprobs: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    batch = PolicyBatch(
-        lengths=[2, 4],
-        logprobs_T=logprobs,
-        old_logprobs_T=-torch.rand(6, generator=generator),
-        advantages_T=torch.randn(6, generator=generator),
-    )
-    return policy_loss(batch, token_weights([2, 4], "token", total_tokens=6, total_answers=2, max_tokens=4), PolicyConfig())[0]
+    old, advantages = -torch.rand(6, generator=generator), torch.randn(6, generator=generator)
+    losses = clipped_policy_losses(token_log_ratios(logprobs, old), advantages)
+    return (losses * token_weights([2, 4], "token", total_tokens=6, total_answers=2, max_tokens=4)).sum()
 
 
 def _dpo(logprobs: Tensor) -> Tensor:

@@ -18,21 +18,6 @@ from ernie45.training.losses.policy import split_answers
 
 
 @torch.no_grad()
-def token_rewards(
-    scores_N: Tensor, lengths: Sequence[int], *, log_ratios_T: Tensor | None = None, kl_weight: float = 0.0
-) -> Tensor:
-    """Rewards of tokens from the scores of answers, (T,): the score at the last token, at each one `-kl_weight * log_ratio`.
-
-    Args: log_ratios_T: log-probability under the policy that sampled minus that under the reference (the k1 estimate of KL).
-    """
-    ends = torch.tensor(list(lengths)).cumsum(0) - 1
-    rewards_T = scores_N.new_zeros(sum(lengths))
-    if log_ratios_T is not None:
-        rewards_T = rewards_T - kl_weight * log_ratios_T
-    return rewards_T.index_add(0, ends, scores_N)
-
-
-@torch.no_grad()
 def gae(
     rewards_T: Tensor, values_T: Tensor, lengths: Sequence[int], *, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:

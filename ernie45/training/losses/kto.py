@@ -25,8 +25,6 @@ class KtoConfig:
     """Weight of good answers. Weight times number should be alike for both kinds, within a factor of 4/3."""
     undesirable_weight: float = 1.0
     """Weight of bad answers."""
-    mask_out_eos: bool = True
-    """Do not score the token that closes an answer."""
 
     def __post_init__(self) -> None:
         check_positive("beta", self.beta)

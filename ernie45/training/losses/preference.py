@@ -1,6 +1,6 @@
 """Preference training: which loss, from which scores, in which sum with the likelihood of the chosen answers.
 
-Shape letters: T tokens (packed), B pairs, N answers. Source: training reference 3.4.
+Shape letters: B pairs. Source: training reference 3.4.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ class PreferenceConfig:
     """Scale sums as if both answers of a pair had their mean length; for losses of sums."""
     reference_free: bool = False
     """Take the reference as 0; simpo and or always do."""
-    mask_out_eos: bool = True
-    """Do not score the token that closes an answer."""
 
     def __post_init__(self) -> None:
         if self.loss_type not in get_args(PairLoss):
@@ -102,21 +100,6 @@ def check_from_zero(name: str, value: object, *, below: float = math.inf) -> Non
         raise ConfigError(f"{name} is {value!r}, expected a number from 0 on{bound}")
 
 
-def scored_tokens(learnt: Tensor, *, mask_out_eos: bool) -> Tensor:
-    """Tokens of one answer, bool (n,), whose log-probabilities count: the learnt ones, without the last where eos is masked."""
-    marks = learnt.clone()
-    places = marks.nonzero()
-    if mask_out_eos and len(places):
-        marks[places[-1]] = False
-    return marks
-
-
-def sum_by_answer(values_T: Tensor, answers_T: Tensor, num_answers: int) -> Tensor:
-    """Sum what belongs to each answer, (N,), differentiable. Args: answers_T: int64, index of an answer, -1 for none."""
-    kept = answers_T >= 0
-    return values_T.new_zeros(num_answers).index_add(0, answers_T[kept], values_T[kept])
-
-
 def answer_scores(
     sums_c: Tensor, sums_r: Tensor, lengths_c: Tensor, lengths_r: Tensor, config: PreferenceConfig
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +109,7 @@ def answer_scores(
     Raises: ShapeError if an answer has no scored token.
     """
     if not bool((lengths_c > 0).all() and (lengths_r > 0).all()):
-        raise ShapeError("an answer has no scored token: drop empty answers, or set mask_out_eos to false")
+        raise ShapeError("an answer has no scored token: drop empty answers, or score the token that closes them")
     if config.loss_type in _MEANS:
         return sums_c / lengths_c, sums_r / lengths_r
     if config.normalize_logps:
