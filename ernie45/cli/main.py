@@ -37,6 +37,7 @@ Run, serve and train ERNIE 4.5 models on this machine.
   ernie train RUN.yaml             pre-train, tune or align a model
   ernie bench MODEL                tokens per second, against the machine's bound
   ernie verify MODEL               check every tensor
+  ernie data check|preview|pack|tokenize FILE   training rows
   ernie doctor                     versions, CPU, memory, what to fix
   ernie --version
 
