@@ -89,8 +89,9 @@ def export(
     base = open_source(trained.base)
     source = _merged(base, trained.adapter)
     target_dtype = None if dtype == "auto" else parse_dtype(dtype)
+    notes = [base.account.left_out["model.mtp_*"]] if base.mtp_dropped else []
     with _candidate(Path(dst), to, overwrite) as candidate:
-        notes = _write(base, source, candidate, to, target_dtype, Path(dst).stem, progress)
+        notes += _write(base, source, candidate, to, target_dtype, Path(dst).stem, progress)
         copied, comparison = _check(base, trained, candidate, progress)
     return Export(
         source=str(trained.base),
