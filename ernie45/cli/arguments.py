@@ -281,6 +281,37 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a training run; several are drawn together")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="folder to write (default: RUN/plots; several runs need it)"
+    )
+    _json(parser)
+
+
+def _tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("action", choices=("train",), metavar="train", help="learn a vocabulary from text")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text, or .jsonl with a text per row")
+    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="ids in all, 291 or more")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    parser.add_argument("--field", default="text", metavar="NAME", help="where .jsonl rows hold text (default: text)")
+    parser.add_argument(
+        "--chat-format",
+        choices=("ernie", "ernie_vl", "ernie_thinking", "ernie_vl_thinking"),
+        default="ernie",
+        help="how conversations are written (default: ernie, as a chat template that other programs read as well)",
+    )
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        metavar="X",
+        help="share of the text whose characters get an id of their own, 0.98 to 1 (default: 0.9995)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace DIR")
+    _json(parser)
+
+
 VERBS: dict[str, Verb] = {
     "chat": Verb(
         "Chat in the terminal, or answer one prompt and exit; the answer streams to stdout.",
@@ -405,6 +436,20 @@ VERBS: dict[str, Verb] = {
             ("ernie data check rows.jsonl --strict", "counts, bad rows with their lines, lengths"),
             ("ernie data preview rows.jsonl --count 3", "what is learnt of three rows"),
             ("ernie data tokenize texts/ -o tokens", "once, instead of in every run"),
+    "plot": Verb(
+        "Draw a training run: losses, speed, router, rewards; pictures, tables and one HTML page.",
+        _plot,
+        (
+            ("ernie plot runs/poems", "into runs/poems/plots"),
+            ("ernie plot runs/a runs/b -o compared", "two runs in the same pictures"),
+        ),
+    ),
+    "tokenizer": Verb(
+        "Learn a vocabulary from text, with the ids laid out as ERNIE 4.5 has them.",
+        _tokenizer,
+        (
+            ("ernie tokenizer train a.txt b.txt --vocab-size 8192 -o DIR", "from text"),
+            ("ernie tokenizer train poems.jsonl --vocab-size 8192 -o DIR", "from the field text of rows"),
         ),
     ),
 }
