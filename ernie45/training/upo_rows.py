@@ -26,7 +26,8 @@ from ernie45.training.data.pairs import PreferencePair
 from ernie45.training.objective import RowStream
 from ernie45.training.reference_policy import TokenReference
 from ernie45.training.rewards import Judged, Rewards, Score
-from ernie45.training.rollout import Completion, Generator, Prompt, derived_seed
+from ernie45.training.rollout import Completion, Generator
+from ernie45.training.prompts import Prompt, derived_seed
 from ernie45.training.upo_batch import Group, decode_group, encode_group, sampled_branches
 from ernie45.training.upo_config import RolloutConfig, UpoConfig
 from ernie45.training.upo_credit import group_numbers, with_advantages, with_pairs

@@ -1,4 +1,4 @@
-"""Rollouts: the serving engine as generator over shared weights, and prompts in an order that can be resumed."""
+"""Rollouts: the serving engine as generator over shared weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 import ernie45
 from ernie45 import LLM, SamplingParams
-from ernie45.errors import CheckpointError, ConfigError, ShapeError
+from ernie45.errors import CheckpointError
 from ernie45.models.text import CausalLM
 from ernie45.training.branches import BranchBatch, branch_logprobs
 from ernie45.training.lora.adapter import add_lora, merge
 from ernie45.training.lora.config import LoraConfig
 from ernie45.training.network import TrainingNetwork
-from ernie45.training.rollout import LlmGenerator, Prompt, PromptList, derived_seed
+from ernie45.training.rollout import LlmGenerator
 from ernie45.training.sampler_weights import copy_weights, sampler_twin
 from ernie45.training.upo_batch import sampled_branches
 
@@ -129,37 +129,6 @@ def test_seeds_number_and_length(small_model: Any, tokenizer: Any) -> None:
     for answer in (one for answers in first for one in answers):
         assert len(answer.ids) == len(answer.logprobs) <= 5
         assert answer.finished is (answer.ids[-1] in generator._llm.tokenizer.stop_ids)
-
-
-def test_prompts_come_in_a_new_order_each_round_and_resume() -> None:
-    prompts = [Prompt(ids=(number,)) for number in range(5)]
-    stream = PromptList(prompts, seed=3)
-    drawn = [stream.next_row()[0].ids[0] for _ in range(7)]
-    state = stream.state()
-    drawn += [stream.next_row()[0].ids[0] for _ in range(8)]
-    rounds = [drawn[start : start + 5] for start in range(0, 15, 5)]
-    assert all(sorted(one) == list(range(5)) for one in rounds)
-    assert len(set(map(tuple, rounds))) > 1
-    again = PromptList(prompts, seed=3)
-    again.restore(state)
-    assert [again.next_row()[0].ids[0] for _ in range(8)] == drawn[7:]
-    other = PromptList(prompts, seed=4)
-    assert [other.next_row()[0].ids[0] for _ in range(15)] != drawn
-
-
-def test_prompts_that_cannot_be() -> None:
-    with pytest.raises(ConfigError, match="no prompts"):
-        PromptList([])
-    with pytest.raises(ShapeError, match="a:3 has no tokens"):
-        PromptList([Prompt(ids=(), origin="a:3")])
-    with pytest.raises(CheckpointError, match="other prompts"):
-        PromptList([Prompt(ids=(1,))]).restore(PromptList([Prompt(ids=(2,))]).state())
-
-
-def test_seeds_derive_from_all_their_parts() -> None:
-    seeds = {derived_seed(*parts) for parts in ((1, 2), (2, 1), (12,), (1, 2, 0))}
-    assert len(seeds) == 4
-    assert all(0 <= seed < 2**60 for seed in seeds)
 
 
 def test_forgetting_prefixes_leaves_no_page_cached(small_model: Any, tokenizer: Any) -> None:

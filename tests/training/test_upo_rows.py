@@ -19,9 +19,10 @@ from ernie45.training.data.pairs import PreferencePair
 from ernie45.training.losses.advantage import PromptFilter
 from ernie45.training.losses.preference import PreferenceConfig
 from ernie45.training.network import TrainingNetwork
+from ernie45.training.prompts import Prompt, PromptList
 from ernie45.training.reference_policy import FrozenCopy
 from ernie45.training.rewards import RewardConfig, Rewards
-from ernie45.training.rollout import Completion, Prompt, PromptList
+from ernie45.training.rollout import Completion
 from ernie45.training.upo_batch import Group
 from ernie45.training.upo_config import RolloutConfig, UpoConfig
 from ernie45.training.upo_rows import UpoRows
