@@ -122,6 +122,10 @@ class LLM:
         """The engine's counts: prefix hits, guesses that were right, pages."""
         return self._engine.stats()
 
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, as it must be when `model` has got other weights: keys and values of the old ones are worth nothing."""
+        self._engine.forget_prefixes()
+
     @cached_property
     def _grammars(self) -> Grammars:
         return Grammars(self.tokenizer)

@@ -1,0 +1,80 @@
+"""Where reinforcement learning gets its answers from: a generator that is handed in.
+
+Training does not import the engine. It takes an object that generates (`Generator`); `LlmGenerator` makes one of anything that has the
+interface of `ernie45.LLM`:
+
+    llm = LLM(sampler_twin(network.model), tokenizer=tokenizer)     # a second network over the same memory
+    generator = LlmGenerator(llm, params=SamplingParams)
+
+Before each rollout `sync` brings over what does not share memory and empties the prefix cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from ernie45.training.sampler_weights import copy_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sampled answer."""
+
+    ids: tuple[int, ...]
+    """With the end token, where there is one: when to end is learnt, too."""
+    text: str
+    logprobs: tuple[float, ...]
+    """Of each token under the weights that sampled it, at temperature 1."""
+    finished: bool = True
+    """False: cut at `max_tokens`."""
+
+
+class Generator(Protocol):
+    """Samples from a policy."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int, temperature: float, seed: int
+    ) -> list[list[Completion]]:
+        """`n` answers to each prompt, in order. Equal seeds and weights give equal answers."""
+
+    def sync(self, model: nn.Module) -> None:
+        """From now on sample with these weights; nothing computed with older ones is used."""
+
+
+class LlmGenerator:
+    """Generates with the offline class of the serving engine, or anything of its interface."""
+
+    def __init__(self, llm: Any, *, params: Callable[..., Any]) -> None:
+        """Args: llm: has `generate(prompts, params, progress=)`, `forget_prefixes()` and `model`. params: makes sampling parameters:
+        `SamplingParams`.
+        """
+        self._llm, self._params = llm, params
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int, temperature: float, seed: int
+    ) -> list[list[Completion]]:
+        """See `Generator`. Choice j of prompt i has the seed `seed + i n + j`."""
+        params = [
+            self._params(n=n, max_tokens=max_tokens, temperature=temperature, seed=seed + place * n, logprobs=0)
+            for place in range(len(prompts))
+        ]
+        answers = self._llm.generate([list(prompt) for prompt in prompts], params, progress=False)
+        return [[_completion(choice) for choice in answer.choices] for answer in answers]
+
+    def sync(self, model: nn.Module) -> None:
+        """See `Generator`. Copies only what does not share memory with the model. Raises: CheckpointError if names do not fit."""
+        copy_weights(model, self._llm.model)
+        self._llm.forget_prefixes()
+
+
+def _completion(choice: Any) -> Completion:
+    return Completion(
+        ids=tuple(choice.ids),
+        text=choice.text,
+        logprobs=tuple(one.logprob for one in choice.logprobs),
+        finished=choice.finish_reason == "stop",
+    )
