@@ -39,6 +39,10 @@ class EngineDownError(Ernie45Error):
     """The engine's process is not there to take or finish a request: it loads, restarts or shuts down. Try again."""
 
 
+class TrainingError(Ernie45Error):
+    """A training run cannot go on: loss or gradient is not finite, or the data gives nothing to learn."""
+
+
 class TransferError(Ernie45Error):
     """A download failed or brought other bytes than promised."""
 
