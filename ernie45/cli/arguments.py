@@ -380,12 +380,38 @@ VERBS: dict[str, Verb] = {
             ("ernie serve DIR --host 0.0.0.0 --api-key SECRET", "for other machines"),
         ),
     ),
-    "export": Verb(
-        "Write a trained model in a format that serves; the copy is loaded back and compared.",
-        _export,
+    "tokenizer": Verb(
+        "Learn a vocabulary from text, with the ids laid out as ERNIE 4.5 has them.",
+        _tokenizer,
         (
-            ("ernie export RUN out --to pt", "a run's newest checkpoint"),
-            ("ernie export RUN m.gguf --merge --to gguf", "with its adapter merged, for llama.cpp"),
+            ("ernie tokenizer train a.txt b.txt --vocab-size 8192 -o DIR", "from text"),
+            ("ernie tokenizer train poems.jsonl --vocab-size 8192 -o DIR", "from the field text of rows"),
+        ),
+    ),
+    "data": Verb(
+        "Check files of training rows, look at them as a model would learn them, or tokenise them.",
+        _data,
+        (
+            ("ernie data check rows.jsonl --strict", "counts, bad rows with their lines, lengths"),
+            ("ernie data preview rows.jsonl --count 3", "what is learnt of three rows"),
+            ("ernie data tokenize texts/ -o tokens", "once, instead of in every run"),
+        ),
+    ),
+    "train": Verb(
+        "Train a model as a run file says; the same command again goes on where the run stopped. Ctrl-C saves first.",
+        _train,
+        (
+            ("ernie train run.yaml", "in runs/run"),
+            ("ernie train run.yaml optimizer.lr=1e-4 --run runs/low", "with another value, in another folder"),
+            ("ernie train --schema > all.yaml", "every section and key, explained"),
+        ),
+    ),
+    "plot": Verb(
+        "Draw a training run: losses, speed, router, rewards; pictures, tables and one HTML page.",
+        _plot,
+        (
+            ("ernie plot runs/poems", "into runs/poems/plots"),
+            ("ernie plot runs/a runs/b -o compared", "two runs in the same pictures"),
         ),
     ),
     "eval": Verb(
@@ -396,21 +422,20 @@ VERBS: dict[str, Verb] = {
             ("ernie eval DIR --task gsm8k=test.jsonl --limit 100", "a published format"),
         ),
     ),
+    "export": Verb(
+        "Write a trained model in a format that serves; the copy is loaded back and compared.",
+        _export,
+        (
+            ("ernie export RUN out --to pt", "a run's newest checkpoint"),
+            ("ernie export RUN m.gguf --merge --to gguf", "with its adapter merged, for llama.cpp"),
+        ),
+    ),
     "bench": Verb(
         "Measure prefill and decode speed, load time and memory, against the machine's bound and other programs.",
         _bench,
         (
             ("ernie bench smollm2-135m --peer transformers", "side by side"),
             ("ernie bench --shape 0.3b --scheme wint4-all", "random weights of a published size"),
-        ),
-    ),
-    "train": Verb(
-        "Train a model as a run file says; the same command again goes on where the run stopped. Ctrl-C saves first.",
-        _train,
-        (
-            ("ernie train run.yaml", "in runs/run"),
-            ("ernie train run.yaml optimizer.lr=1e-4 --run runs/low", "with another value, in another folder"),
-            ("ernie train --schema > all.yaml", "every section and key, explained"),
         ),
     ),
     "verify": Verb(
@@ -427,29 +452,6 @@ VERBS: dict[str, Verb] = {
         (
             ("ernie doctor", "a table"),
             ("ernie doctor --json", "for a report or a script"),
-        ),
-    ),
-    "data": Verb(
-        "Check files of training rows, look at them as a model would learn them, or tokenise them.",
-        _data,
-        (
-            ("ernie data check rows.jsonl --strict", "counts, bad rows with their lines, lengths"),
-            ("ernie data preview rows.jsonl --count 3", "what is learnt of three rows"),
-            ("ernie data tokenize texts/ -o tokens", "once, instead of in every run"),
-    "plot": Verb(
-        "Draw a training run: losses, speed, router, rewards; pictures, tables and one HTML page.",
-        _plot,
-        (
-            ("ernie plot runs/poems", "into runs/poems/plots"),
-            ("ernie plot runs/a runs/b -o compared", "two runs in the same pictures"),
-        ),
-    ),
-    "tokenizer": Verb(
-        "Learn a vocabulary from text, with the ids laid out as ERNIE 4.5 has them.",
-        _tokenizer,
-        (
-            ("ernie tokenizer train a.txt b.txt --vocab-size 8192 -o DIR", "from text"),
-            ("ernie tokenizer train poems.jsonl --vocab-size 8192 -o DIR", "from the field text of rows"),
         ),
     ),
 }

@@ -34,12 +34,14 @@ Run, serve and train ERNIE 4.5 models on this machine.
   ernie show MODEL                 parameters, context, size, memory needed
   ernie convert SRC DST --to pt|paddle|gguf
   ernie quantize MODEL --scheme wint8|wint4|wint4-all
+  ernie tokenizer train FILE       a vocabulary of your own
+  ernie data check FILE            rows to train on: count, preview, pack, tokenize
   ernie train RUN.yaml             pre-train, tune or align a model
+  ernie plot RUN                   its curves, and a report
   ernie eval MODEL --ppl FILE      perplexity of a text, or a task's accuracy
   ernie export RUN DST --to pt|paddle|gguf
   ernie bench MODEL                tokens per second, against the machine's bound
   ernie verify MODEL               check every tensor
-  ernie data check|preview|pack|tokenize FILE   training rows
   ernie doctor                     versions, CPU, memory, what to fix
   ernie --version
 
