@@ -10,7 +10,9 @@ import torch
 
 from ernie45.errors import CheckpointError
 from ernie45.models.text import CausalLM
-from ernie45.training.lora import adapter_from, adapter_of, read_adapter, save_adapter
+from ernie45.training.lora.adapter import adapter_of
+from ernie45.training.lora.read import adapter_from, read_adapter
+from ernie45.training.lora.write import save_adapter
 
 
 class AdapterWeights:

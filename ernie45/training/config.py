@@ -10,7 +10,7 @@ from ernie45.errors import ConfigError
 from ernie45.training.data import DataConfig
 from ernie45.training.language import LanguageLossConfig
 from ernie45.training.loop import LoopConfig
-from ernie45.training.lora import LoraConfig
+from ernie45.training.lora.config import LoraConfig
 from ernie45.training.losses.kto import KtoConfig
 from ernie45.training.losses.preference import PreferenceConfig
 from ernie45.training.optim import EmaConfig, OptimizerConfig, ScheduleConfig
@@ -119,6 +119,8 @@ class RunConfig:
                 f"reference_refresh_steps is {self.reference_refresh_steps}: expected 0 or more, and 0 with lora, whose reference is "
                 "the network without its adapters"
             )
+        if self.schedule.steps is None:
+            object.__setattr__(self, "schedule", replace(self.schedule, steps=self.train.steps))
         if self.method in ("orpo", "simpo"):
             self._resolve_loss()
 

@@ -15,7 +15,7 @@ from ernie45.training.config import LANGUAGE_METHODS, RunConfig
 from ernie45.training.kto import KtoObjective
 from ernie45.training.language import LanguageObjective
 from ernie45.training.loop import Stateful, StepInfo
-from ernie45.training.lora import adapter_off
+from ernie45.training.lora.adapter import adapter_off
 from ernie45.training.module_state import ModuleState
 from ernie45.training.network import TrainingNetwork
 from ernie45.training.objective import Objective, RowStream

@@ -24,10 +24,10 @@ from ernie45.training import data
 from ernie45.training.adapter_weights import AdapterWeights
 from ernie45.training.config import LANGUAGE_METHODS, RunConfig
 from ernie45.training.loop import Parts, StepInfo, Trainer
-from ernie45.training.lora import add_lora
+from ernie45.training.lora.adapter import add_lora
 from ernie45.training.methods import Method, build_method
 from ernie45.training.network import TrainingNetwork, count_flops_per_token, slow_dtype_warning
-from ernie45.training.optim import Ema, LrSchedule, build_optimizer
+from ernie45.training.optim import Ema, LrSchedule, OptimizerConfig, build_optimizer
 from ernie45.training.rollout import Generator
 from ernie45.training.run_folder import RunFolder
 from ernie45.training.speed import matmul_flops
@@ -77,10 +77,9 @@ def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Prog
     method = build_method(config, network, tokenizer, lambda: library.generator(model, tokenizer))
     optimizer = build_optimizer(
         [*model.named_parameters(), *_further_parameters(method.modules)],
-        config.optimizer,
+        _optimizer_config(config),
         num_layers=model.config.num_hidden_layers,
         qkv_rows=_qkv_rows(model),
-        lora_plus_scale=1.0 if config.lora is None else config.lora.lora_plus_scale,
     )
     if config.ema is not None:
         _keep_average(method, Ema(optimizer.masters, config.ema))
@@ -89,7 +88,7 @@ def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Prog
         objective=method.objective,
         rows=method.rows,
         optimizer=optimizer,
-        schedule=LrSchedule(config.schedule, config.optimizer.lr, steps=config.train.steps),
+        schedule=LrSchedule(config.schedule, config.optimizer.lr),
         checkpoints=Checkpoints(opened.checkpoints, _weights(config, model, tokenizer), config.checkpoint),
         after_step=method.after_step,
         held_out=_held_out(config, tokenizer, model),
@@ -165,6 +164,12 @@ def _keep_average(method: Method, ema: Ema) -> None:
         ema.update(step=info.step, loss=info.losses["loss"])
 
     method.after_step.append(act)
+
+
+def _optimizer_config(config: RunConfig) -> OptimizerConfig:
+    if config.lora is None:
+        return config.optimizer
+    return replace(config.optimizer, lora_plus_scale=config.lora.lora_plus_scale)
 
 
 def _further_parameters(modules: Mapping[str, nn.Module]) -> Iterable[tuple[str, nn.Parameter]]:

@@ -1,7 +1,7 @@
 """From files of rows to packed rows of tokens: sources, row formats, chat encoding, order, packing."""
 
 from ernie45.training.data.config import DataConfig, SourceConfig
-from ernie45.training.data.methods import kto_rows, preference_rows, pretrain_rows, sft_rows
+from ernie45.training.data.methods import kto_rows, preference_rows, pretrain_rows, rows_of, sft_rows
 from ernie45.training.data.pairs import KtoExample, PreferencePair
 from ernie45.training.data.prefetch import Prefetch
 from ernie45.training.data.report import DataReport
@@ -23,5 +23,6 @@ __all__ = [
     "kto_rows",
     "preference_rows",
     "pretrain_rows",
+    "rows_of",
     "sft_rows",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -99,6 +99,12 @@ def kto_rows(
 
     method = Method(read=read, finish=lambda piece: piece.item)
     return _stream(config, tokenizer, method, ("kto",), part, rank, world)
+
+
+def rows_of(method: str) -> Callable[..., PackedRows[Any, Any]]:
+    """What makes the rows of a method of training."""
+    made = {"pretrain": pretrain_rows, "sft": sft_rows, "kto": kto_rows}
+    return made.get(method, preference_rows)
 
 
 def _read_text(record: Mapping[str, Any], origin: str, tokenizer: Tokenizer, config: DataConfig) -> Fitted[TextIds]:

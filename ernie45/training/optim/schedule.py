@@ -31,8 +31,8 @@ class ScheduleConfig:
 
     kind: Kind = "wsd"
     """`wsd` (both published pre-training runs), `cosine` (tuning), `linear` or `constant`; all with warm-up."""
-    steps: int
-    """Steps of the whole run, T; later steps stay at the floor."""
+    steps: int | None = None
+    """Steps of the whole schedule, T; later steps stay at the floor. None: those of the run."""
     warmup_steps: int = 0
     """W, at most `steps`. Step 0 of a warm-up has rate 0."""
     decay_start: int | None = None
@@ -47,7 +47,7 @@ class ScheduleConfig:
             raise ConfigError(f"schedule is {self.kind!r}, expected one of {', '.join(get_args(Kind))}")
         if self.decay not in get_args(Decay):
             raise ConfigError(f"decay is {self.decay!r}, expected one of {', '.join(get_args(Decay))}")
-        if self.steps < 1 or not 0 <= self.warmup_steps <= self.steps:
+        if self.warmup_steps < 0 or (self.steps is not None and (self.steps < 1 or self.warmup_steps > self.steps)):
             raise ConfigError(
                 f"{self.warmup_steps} warm-up steps of {self.steps}: expected 1 step or more and a warm-up inside them"
             )
@@ -61,7 +61,7 @@ class ScheduleConfig:
         if self.kind != "wsd":
             if self.decay_start is not None or self.decay != "half_life":
                 raise ConfigError(f"decay and decay_start belong to kind 'wsd', the schedule is {self.kind!r}")
-        elif self.decay_start is not None and not self.warmup_steps <= self.decay_start <= self.steps:
+        elif self.decay_start is not None and not self.warmup_steps <= self.decay_start <= (self.steps or math.inf):
             raise ConfigError(
                 f"decay_start is {self.decay_start}, expected {self.warmup_steps} (end of warm-up) to {self.steps} (end)"
             )
@@ -71,7 +71,10 @@ class LrSchedule:
     """A function from step to learning rate, without state."""
 
     def __init__(self, config: ScheduleConfig, lr: float) -> None:
-        """Args: lr: the highest rate. Raises: ConfigError if the floor lies above it."""
+        """Args: lr: the highest rate. Raises: ConfigError if the floor lies above it, or the steps are not told."""
+        if config.steps is None:
+            raise ConfigError("the schedule has no steps: say how many")
+        self._steps = config.steps
         if config.min_lr > lr:
             raise ConfigError(f"min_lr is {config.min_lr}, expected at most the learning rate {lr}")
         self.config, self.lr = config, lr
@@ -84,7 +87,7 @@ class LrSchedule:
         start = self._decay_start()
         if config.kind == "constant" or step < start:
             return self.lr
-        length = config.steps - start
+        length = self._steps - start
         progress = min(1.0, (step - start) / length) if length else 1.0
         return _left(config, progress) * (self.lr - config.min_lr) + config.min_lr
 
@@ -92,7 +95,7 @@ class LrSchedule:
         config = self.config
         if config.kind != "wsd":
             return config.warmup_steps
-        return max(config.warmup_steps, 0.9 * config.steps) if config.decay_start is None else config.decay_start
+        return max(config.warmup_steps, 0.9 * self._steps) if config.decay_start is None else config.decay_start
 
 
 def _left(config: ScheduleConfig, progress: float) -> float:
