@@ -74,7 +74,9 @@ class _Store:
 def _weights(name: str) -> Path:
     trained = find_trained(name)
     if trained.adapter is not None:
-        raise UsageError(f"{name} holds an adapter: make a model of it first, `ernie export {name} DIR --merge --to pt`")
+        raise UsageError(
+            f"{name} holds an adapter: make a model of it first, `ernie export {name} DIR --merge --to pt`"
+        )
     return trained.base
 
 

@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import re
 import textwrap
@@ -26,6 +27,7 @@ C = TypeVar("C")
 
 MAX_FILE_BYTES = 1 << 20
 _NONE = type(None)
+_ODD_BREAKS = re.compile("[\x85\u2028\u2029\ufeff]")
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 _MAPPINGS = (dict, Mapping)
 
@@ -69,7 +71,10 @@ def dump_run(config: Any) -> str:
     """YAML that `parse_run` reads back into an equal configuration."""
     import yaml
 
-    text: str = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    plain = to_plain(config)
+    # PyYAML reads these back as spaces unless they are escaped.
+    escapes = _ODD_BREAKS.search(json.dumps(plain, ensure_ascii=False)) is not None
+    text: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=not escapes, width=120)
     return text
 
 
@@ -190,7 +195,9 @@ class _Reader:
             if not isinstance(name, yaml.ScalarNode):
                 raise _FileError(name, f"a key of {what} is no word")
             if name.value in pairs:
-                raise _FileError(name, f"{name.value} is given twice in {what}, before at {self._where(pairs[name.value][0])}")
+                raise _FileError(
+                    name, f"{name.value} is given twice in {what}, before at {self._where(pairs[name.value][0])}"
+                )
             pairs[name.value] = (name, child)
         return pairs
 
@@ -206,7 +213,9 @@ class _Reader:
             return self._tuple(node, get_args(hint), path)
         if origin in _MAPPINGS:
             kind = get_args(hint)[1]
-            return {key: self._value(child, kind, f"{path}.{key}") for key, (_, child) in self._pairs(node, path).items()}
+            return {
+                key: self._value(child, kind, f"{path}.{key}") for key, (_, child) in self._pairs(node, path).items()
+            }
         if hint is Any:
             return self._anything(node, path)
         if not isinstance(node, yaml.ScalarNode):
@@ -253,7 +262,10 @@ class _Reader:
             kinds = (kinds[0],) * len(node.value)
         if len(kinds) != len(node.value):
             raise _FileError(node, f"{path} has {len(node.value)} entries, expected {len(kinds)}")
-        return tuple(self._value(child, kind, f"{path}[{i}]") for i, (child, kind) in enumerate(zip(node.value, kinds, strict=True)))
+        return tuple(
+            self._value(child, kind, f"{path}[{i}]")
+            for i, (child, kind) in enumerate(zip(node.value, kinds, strict=True))
+        )
 
 
 def _is_branch(hint: Any) -> bool:
@@ -283,12 +295,15 @@ def _scalar(node: Any, hint: Any, path: str) -> Any:
 
 
 def _constructed(node: Any) -> Any:
+    """The value as YAML says. Raises: _FileError for a tag, which might ask for anything."""
     import yaml
 
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node)
-    except (yaml.YAMLError, ValueError, OverflowError):
+    except yaml.constructor.ConstructorError as error:
+        raise _FileError(node, f"{node.tag} is no kind of value that a run file holds: leave the tag out") from error
+    except (ValueError, OverflowError):  # a date or number that there is not
         return node.value
     finally:
         loader.dispose()

@@ -40,6 +40,8 @@ class AdapterWeights:
         stored = adapter_from(read_adapter(folder / "adapter"), self._model.config)
         if own.keys() != stored.keys():
             different = sorted(own.keys() ^ stored.keys())
-            raise CheckpointError(f"{folder}: the stored adapter fits another one: {different[0]} is in one of the two alone")
+            raise CheckpointError(
+                f"{folder}: the stored adapter fits another one: {different[0]} is in one of the two alone"
+            )
         for name, part in own.items():
             part.load_state_dict(stored[name].state_dict())

@@ -107,7 +107,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         for entry in fields(self):
             readers = _READ_BY.get(entry.name)
-            default = entry.default if entry.default is not MISSING or entry.default_factory is MISSING else entry.default_factory()
+            default = (
+                entry.default
+                if entry.default is not MISSING or entry.default_factory is MISSING
+                else entry.default_factory()
+            )
             if readers is not None and self.method not in readers and getattr(self, entry.name) != default:
                 raise ConfigError(
                     f"{entry.name} is set but the method is {self.method}: {', '.join(readers)} read it, leave it out"
@@ -129,7 +133,9 @@ class RunConfig:
         wanted = {"orpo": "or", "simpo": "simpo"}[self.method]
         stated = self.preference
         if stated.loss_type not in (wanted, PreferenceConfig().loss_type):
-            raise ConfigError(f"method {self.method} is loss_type {wanted}, preference.loss_type says {stated.loss_type}")
+            raise ConfigError(
+                f"method {self.method} is loss_type {wanted}, preference.loss_type says {stated.loss_type}"
+            )
         changes: dict[str, Any] = {"loss_type": wanted}
         if self.method == "orpo" and not stated.sft_loss_ratio:
             changes["sft_loss_ratio"] = 1.0

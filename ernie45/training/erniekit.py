@@ -15,7 +15,14 @@ from ernie45.config.run_file import parse_run
 from ernie45.errors import ConfigError, NotFoundError
 from ernie45.training.config import RunConfig
 
-_METHODS = {"sft": "sft", "dpo": "dpo", "pt": "pretrain", "pretrain": "pretrain", "pre-training": "pretrain", "kto": "kto"}
+_METHODS = {
+    "sft": "sft",
+    "dpo": "dpo",
+    "pt": "pretrain",
+    "pretrain": "pretrain",
+    "pre-training": "pretrain",
+    "kto": "kto",
+}
 _LONG_ROWS = {"delete": "drop", "left": "left", "right": "right"}
 _CURVES = {"half_life": "half_life", "1-sqrt": "1-sqrt"}
 
@@ -94,7 +101,9 @@ def _turn(ours: dict[str, Any], report: list[str], key: str, value: Any) -> None
 def _method(ours: dict[str, Any], fields: Mapping[str, Any], origin: str) -> None:
     stage = str(fields["stage"]).lower()
     if stage not in _METHODS:
-        raise ConfigError(f"{origin}: stage is {fields['stage']!r}, expected one of {', '.join(sorted(_METHODS))} (any case)")
+        raise ConfigError(
+            f"{origin}: stage is {fields['stage']!r}, expected one of {', '.join(sorted(_METHODS))} (any case)"
+        )
     ours["method"] = _METHODS[stage]
 
 
@@ -113,14 +122,18 @@ def _sources(ours: dict[str, Any], fields: Mapping[str, Any], report: list[str],
         if part == "valid":
             shares = []  # every held-out row counts once
         if shares and len(shares) != len(paths):
-            raise ConfigError(f"{origin}: {len(paths)} paths in {ending}_path, but {len(shares)} shares in {ending}_prob")
+            raise ConfigError(
+                f"{origin}: {len(paths)} paths in {ending}_path, but {len(shares)} shares in {ending}_prob"
+            )
         sources = [{"path": path} for path in paths]
         if len(shares) > 1:
             sources = [{"path": path, "weight": share} for path, share in zip(paths, shares, strict=True)]
         if sources:
             _put(ours, f"data.{part}", sources)
     if fields.get("train_dataset_type"):
-        report.append(f"train_dataset_type: {fields['train_dataset_type']} is not needed: the form of each row is told from its keys")
+        report.append(
+            f"train_dataset_type: {fields['train_dataset_type']} is not needed: the form of each row is told from its keys"
+        )
 
 
 def _adapters(ours: dict[str, Any], fields: Mapping[str, Any]) -> None:
@@ -128,7 +141,11 @@ def _adapters(ours: dict[str, Any], fields: Mapping[str, Any]) -> None:
         return
     lora = ours.setdefault("lora", {})
     plus = bool(fields.get("rslora_plus"))
-    for key, name, preset in (("lora_rank", "rank", None), ("lora_alpha", "alpha", 4 if plus else None), ("rslora", "rslora", plus or None)):
+    for key, name, preset in (
+        ("lora_rank", "rank", None),
+        ("lora_alpha", "alpha", 4 if plus else None),
+        ("rslora", "rslora", plus or None),
+    ):
         value = fields.get(key, preset)
         if value is not None:
             lora[name] = value
@@ -222,7 +239,10 @@ _TURNED: dict[str, tuple[str, Callable[[Any], Any]]] = {
 _REASONS = (
     (("parallel", "pp_", "tp_", "sharding", "sep_", "nnodes", "master_"), "this run is on one process"),
     (("fuse_", "flash", "use_fused", "use_sparse"), "the fastest leaves are chosen without being asked"),
-    (("unified_checkpoint", "ckpt_quant", "zcc_", "convert_from_hf", "save_to_hf"), "checkpoints are whole, exact and -PT always"),
+    (
+        ("unified_checkpoint", "ckpt_quant", "zcc_", "convert_from_hf", "save_to_hf"),
+        "checkpoints are whole, exact and -PT always",
+    ),
     (("dispatch", "moe_group", "moe_gate", "capacity"), "experts are computed without dropping a token"),
     (("offload", "release_grads"), "there is one memory here"),
     (("logging_dir", "report_to", "output_dir", "overwrite"), "name the folder with --run; metrics are in it"),

@@ -109,7 +109,12 @@ class LanguageObjective:
         return token_balanced_sum(loss_sum, num_learnt=totals.learnt_D[0], num_positions=positions)
 
     def _mtp(
-        self, network: TrainingNetwork, mtp_TH: Sequence[Tensor], batch: Batch, totals: LanguageTotals, logged: dict[str, Tensor]
+        self,
+        network: TrainingNetwork,
+        mtp_TH: Sequence[Tensor],
+        batch: Batch,
+        totals: LanguageTotals,
+        logged: dict[str, Tensor],
     ) -> Tensor:
         """Weighted loss of all MTP blocks; their plain mean goes into `logged`."""
         if not mtp_TH:

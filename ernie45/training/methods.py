@@ -98,7 +98,9 @@ def _kto(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer) -> M
 def _upo(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer, generator: Generator) -> Method:
     upo = config.upo
     offline = bool(upo.preference_weight) and upo.pair_source == "offline"
-    reference = _reference(config, network) if upo.asks_reference or (offline and upo.preference.uses_reference) else None
+    reference = (
+        _reference(config, network) if upo.asks_reference or (offline and upo.preference.uses_reference) else None
+    )
     objective = UpoObjective(
         upo, config.rollout, hidden_size=network.model.config.hidden_size, reference=reference if offline else None
     )

@@ -24,7 +24,9 @@ class MetricsFile:
         """Args: after_step: the step that the run goes on from; lines of later steps are removed."""
         self._path = folder / METRICS_FILE
         if self._path.exists():
-            kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= after_step]
+            kept = [
+                line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= after_step
+            ]
             atomic_write_text(self._path, "".join(f"{line}\n" for line in kept))
 
     def write(self, values: Mapping[str, Any]) -> None:

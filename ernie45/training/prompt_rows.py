@@ -43,7 +43,9 @@ def prompt_rows(config: DataConfig, tokenizer: Tokenizer) -> PromptList:
     for line in left_out[:_LOGGED]:
         _logger.warning("left out %s", line)
     if not prompts:
-        raise ConfigError(f"none of the {len(left_out)} rows is a prompt{f', the first because: {left_out[0]}' if left_out else ''}")
+        raise ConfigError(
+            f"none of the {len(left_out)} rows is a prompt{f', the first because: {left_out[0]}' if left_out else ''}"
+        )
     return PromptList(prompts, seed=config.seed)
 
 
@@ -55,7 +57,9 @@ def _prompt(row: Mapping[str, Any], tokenizer: Tokenizer, origin: str, limit: in
         raise RequestError("the last turn is an assistant's: end where the model shall answer")
     ids = tokenizer.encode(tokenizer.render(messages, read_tools(row) or None))
     if len(ids) > limit:
-        raise RequestError(f"the prompt has {len(ids)} tokens, the limit is {limit}: raise max_prompt_len or leave it out")
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens, the limit is {limit}: raise max_prompt_len or leave it out"
+        )
     subset = row.get("subset", "")
     if not isinstance(subset, str):
         raise RequestError(f"subset is {subset!r}, expected a text")

@@ -148,12 +148,16 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, model: CausalLM) -> list[
     if config.method == "upo":
         raise ConfigError("eval_every is set, but upo has no held-out loss: watch its rewards")
     rows: list[Sequence[Any]] = []
-    for row in data.rows_of(config.method)(config.data, tokenizer, num_mtp=_num_mtp(config, model), part="valid").once():
+    for row in data.rows_of(config.method)(
+        config.data, tokenizer, num_mtp=_num_mtp(config, model), part="valid"
+    ).once():
         rows.append(row)
         if len(rows) == config.train.eval_rows:
             break
     if not rows:
-        raise ConfigError("eval_every is set, but none of the held-out rows can be used: look at them with `ernie data check`")
+        raise ConfigError(
+            "eval_every is set, but none of the held-out rows can be used: look at them with `ernie data check`"
+        )
     return rows
 
 

@@ -1,9 +1,9 @@
 """The folder of a run: its configuration as resolved, its metrics, its checkpoints; and whether a run may go on in it.
 
-    RUN/run.yaml              the configuration, every default written out
-    RUN/run.json              method, sizes, versions: what `ernie plot` puts beside the curves
-    RUN/metrics.jsonl         one line per logged step
-    RUN/checkpoints/step-..   see `state.py`
+RUN/run.yaml              the configuration, every default written out
+RUN/run.json              method, sizes, versions: what `ernie plot` puts beside the curves
+RUN/metrics.jsonl         one line per logged step
+RUN/checkpoints/step-..   see `state.py`
 """
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ class ModelWeights:
 
     def capture(self, *, copy: bool) -> Callable[[Path], None]:
         """See `Weights`."""
-        tensors = {name: tensor.detach().clone() if copy else tensor for name, tensor in self._model.state_dict().items()}
+        tensors = {
+            name: tensor.detach().clone() if copy else tensor for name, tensor in self._model.state_dict().items()
+        }
         source = TensorSource(tensors, self._model.config)
         return lambda folder: write_folder(source, folder / "model", layout="pt", extra_files=self._extra_files)
 
@@ -154,7 +156,12 @@ class Checkpoints:
             write_weights(partial)
             for name, tensors in snapshot.tensors.items():
                 _write_tensors(partial / f"{name}.safetensors", tensors)
-            state = {"format": FORMAT_VERSION, "step": snapshot.step, "values": snapshot.values, "sha256": _hashes(partial)}
+            state = {
+                "format": FORMAT_VERSION,
+                "step": snapshot.step,
+                "values": snapshot.values,
+                "sha256": _hashes(partial),
+            }
             (partial / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for old in checkpoint_paths(self._folder)[: -self._config.keep]:
             (old / STATE_FILE).unlink()  # first: what is half removed must not look whole

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-WORDS = "the moon rises over a quiet river and light falls on old stones while someone reads a letter from far away".split()
+WORDS = (
+    "the moon rises over a quiet river and light falls on old stones while someone reads a letter from far away".split()
+)
 
 
 @pytest.fixture(scope="session")

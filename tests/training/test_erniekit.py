@@ -75,7 +75,12 @@ def test_a_tuning_file(tmp_path: Path) -> None:
     assert config.data.max_seq_len == 8192
     assert config.lora is not None
     assert (config.lora.rank, config.lora.alpha, config.lora.rslora, config.lora.lora_plus_scale) == (32, 4, True, 4)
-    assert (config.train.rows_per_pass, config.train.accumulation, config.train.steps, config.train.seed) == (2, 8, 100, 23)
+    assert (config.train.rows_per_pass, config.train.accumulation, config.train.steps, config.train.seed) == (
+        2,
+        8,
+        100,
+        23,
+    )
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.weight_decay) == (3e-4, (0.8, 0.95), 0.1)
     assert (config.schedule.kind, config.schedule.warmup_steps, config.schedule.min_lr) == ("cosine", 20, 1e-6)
     assert (config.checkpoint.every, config.checkpoint.keep) == (50, 5)

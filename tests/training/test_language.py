@@ -27,7 +27,9 @@ def documents(*lengths: int, seed: int = 0) -> list[Document]:
     for length in lengths:
         learnt = torch.rand(length, generator=generator) < 0.7
         learnt[-1] = True
-        out.append(Document(ids=torch.randint(0, 101, (length,), generator=generator), learnt=learnt, origin=f"a:{length}"))
+        out.append(
+            Document(ids=torch.randint(0, 101, (length,), generator=generator), learnt=learnt, origin=f"a:{length}")
+        )
     return out
 
 
@@ -42,7 +44,9 @@ def gradients(model: CausalLM) -> dict[str, Tensor]:
     return out
 
 
-def run_step(own: LanguageObjective, model: CausalLM, passes: Sequence[Sequence[Sequence[Document]]]) -> tuple[dict[str, float], Any]:
+def run_step(
+    own: LanguageObjective, model: CausalLM, passes: Sequence[Sequence[Sequence[Document]]]
+) -> tuple[dict[str, float], Any]:
     """Logged sums and gradients of a step over micro-batches of rows."""
     network = TrainingNetwork(model.requires_grad_(True))
     batches = [own.collate(rows) for rows in passes]
@@ -59,7 +63,9 @@ def run_step(own: LanguageObjective, model: CausalLM, passes: Sequence[Sequence[
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], factor: float = 1.0) -> None:
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], factor * value, rtol=2e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            got[name], factor * value, rtol=2e-4, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("moe", [False, True])

@@ -144,7 +144,9 @@ def test_many_small_passes_make_the_step_of_a_large_one(tmp_path: Path) -> None:
     large.run()
     small.run()
     assert weights(small) == pytest.approx(weights(large), rel=1e-6)
-    assert [line["loss"] for line in metrics(small)] == pytest.approx([line["loss"] for line in metrics(large)], rel=1e-5)
+    assert [line["loss"] for line in metrics(small)] == pytest.approx(
+        [line["loss"] for line in metrics(large)], rel=1e-5
+    )
     assert large.tokens == small.tokens == 6 * 4 * 2
 
 
@@ -199,8 +201,9 @@ def test_mfu_is_what_the_tokens_cost_over_what_the_machine_can(tmp_path: Path) -
 
 
 def test_a_look_at_held_out_rows_moves_nothing(tmp_path: Path) -> None:
-    looked, not_looked = trainer(tmp_path / "a", eval_every=1), trainer(tmp_path / "b")
+    looked = trainer(tmp_path / "a", eval_every=1)
     looked.run()
+    not_looked = trainer(tmp_path / "b")
     not_looked.run()
     assert weights(looked) == weights(not_looked)
     expected = sum((p - 3 * x) ** 2 for x in range(1, 7) for p in [weights(looked)[0] * x + weights(looked)[1]]) / 6

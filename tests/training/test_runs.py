@@ -37,7 +37,9 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Of the newest checkpoint: the model's, the optimizer's and whatever else it holds."""
     newest = checkpoint_paths(folder / "checkpoints")[-1]
-    found = {f"{file}.{name}": t for file, group in read_checkpoint(newest).tensors.items() for name, t in group.items()}
+    found = {
+        f"{file}.{name}": t for file, group in read_checkpoint(newest).tensors.items() for name, t in group.items()
+    }
     return found | dict(load_model(newest / "model").state_dict())
 
 
@@ -72,7 +74,12 @@ def test_a_run_learns_and_leaves_what_is_promised(
     assert run["method"] == "pretrain"
     assert run["num_parameters"] > run["num_active"] > 0
     (newest,) = checkpoint_paths(tmp_path / "run/checkpoints")
-    assert {file.name for file in newest.iterdir()} >= {"model", "optimizer.safetensors", "ema.safetensors", "rng.safetensors"}
+    assert {file.name for file in newest.iterdir()} >= {
+        "model",
+        "optimizer.safetensors",
+        "ema.safetensors",
+        "rng.safetensors",
+    }
     assert main(["chat", str(newest / "model"), "--raw", "the moon", "--max-tokens", "4"]) == 0
 
 
@@ -188,7 +195,11 @@ def test_accumulation_makes_the_step_of_larger_passes(run_file: RunFile, tmp_pat
 @pytest.mark.parametrize(
     ("settings", "code", "message"),
     [
-        (["optimizer.lrr=1"], 1, r"command line (optimizer.lrr): optimizer.lrr is no key of a run file: did you mean lr?"),
+        (
+            ["optimizer.lrr=1"],
+            1,
+            r"command line (optimizer.lrr): optimizer.lrr is no key of a run file: did you mean lr?",
+        ),
         (["method=sftt"], 1, "method is 'sftt', expected one of pretrain, sft"),
         (["model.network.vocab_size=100"], 1, "the tokenizer has 320 tokens, the network 100: set network.vocab_size"),
         (["model.start=nothing-here"], 1, "start and network given: name one of"),
@@ -223,6 +234,8 @@ def test_a_folder_belongs_to_its_configuration(
 def test_the_schema_and_no_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert train("--schema") == 0
     out = capsys.readouterr().out
-    assert all(f"\n{name}:" in f"\n{out}" for name in ("method", "model", "data", "train", "optimizer", "lora", "recompute"))
+    assert all(
+        f"\n{name}:" in f"\n{out}" for name in ("method", "model", "data", "train", "optimizer", "lora", "recompute")
+    )
     assert train() == 2
     assert "name a run file" in capsys.readouterr().err

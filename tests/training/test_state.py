@@ -14,11 +14,20 @@ from ernie45.checkpoint.load import load_model
 from ernie45.errors import CapacityError, CheckpointError, ConfigError
 from ernie45.models.text import CausalLM
 from ernie45.training import state
-from ernie45.training.state import CheckpointConfig, Checkpoints, ModelWeights, Snapshot, checkpoint_paths, read_checkpoint
+from ernie45.training.state import (
+    CheckpointConfig,
+    Checkpoints,
+    ModelWeights,
+    Snapshot,
+    checkpoint_paths,
+    read_checkpoint,
+)
 
 
 def snapshot(step: int, value: float = 0.0) -> Snapshot:
-    return Snapshot(step=step, values={"rows": {"at": step}}, tensors={"optimizer": {"w.exp_avg": torch.full((3,), value)}})
+    return Snapshot(
+        step=step, values={"rows": {"at": step}}, tensors={"optimizer": {"w.exp_avg": torch.full((3,), value)}}
+    )
 
 
 def checkpoints(folder: Path, model: CausalLM, **fields: object) -> Checkpoints:
