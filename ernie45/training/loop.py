@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ernie45.checkpoint.safetensors import SafetensorsWriter
 from ernie45.errors import ConfigError, TrainingError
-from ernie45.training.memory import memory_bytes
+from ernie45.training.resident import memory_bytes
 from ernie45.training.metrics import MetricsFile
 from ernie45.training.objective import Objective, RowStream
 from ernie45.training.state import Checkpoints, Snapshot, random_state, set_random_state

@@ -20,7 +20,7 @@ from ernie45.training.module_state import ModuleState
 from ernie45.training.network import TrainingNetwork
 from ernie45.training.objective import Objective, RowStream
 from ernie45.training.preference import PreferenceObjective
-from ernie45.training.prompt_rows import prompt_rows
+from ernie45.training.prompts import PromptList, load_prompts
 from ernie45.training.reference_policy import AdapterOff, FrozenCopy, TokenReference
 from ernie45.training.rewards import Rewards
 from ernie45.training.rollout import Generator
@@ -109,7 +109,9 @@ def _upo(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer, gene
         config.rollout,
         network=network,
         generator=generator,
-        prompts=prompt_rows(config.data, tokenizer),
+        prompts=PromptList(
+            load_prompts(config.data.train, tokenizer, max_prompt_len=config.data.max_prompt_len), seed=config.data.seed
+        ),
         rewards=Rewards(config.rewards),
         rows_per_step=config.train.rows_per_pass * config.train.accumulation,
         seed=config.train.seed,
