@@ -192,6 +192,47 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "action",
+        choices=("check", "preview", "pack", "tokenize"),
+        help="check: counts, bad rows, lengths; preview: a sample with its learnt tokens marked; pack: how full packed rows get; "
+        "tokenize: write token files",
+    )
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help=".jsonl, .json, .txt or .parquet file, folder of .txt or token files"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="whose tokenizer and chat template (default: smollm2-135m)")
+    parser.add_argument(
+        "--rows",
+        choices=("pretrain", "sft", "preference", "kto"),
+        help="what the rows are for (default: told from the first one's keys)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("auto", "jsonl", "json", "text", "parquet", "tokens"),
+        default="auto",
+        help="what the files are (auto: by their ending)",
+    )
+    parser.add_argument(
+        "--text", choices=("file", "paragraph"), default="file", help="what one document of plain text is (default: file)"
+    )
+    parser.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of a packed row (default: 4096)")
+    parser.add_argument(
+        "--long-rows",
+        choices=("drop", "left", "right", "error"),
+        help="rows above that: left out (default), without their oldest exchanges, cut at their end, or an error",
+    )
+    parser.add_argument("--thoughts", choices=("last", "all", "none"), help="which answers keep theirs (default: last)")
+    parser.add_argument("--chat-format", metavar="NAME", help="a built-in chat format instead of the model's template")
+    parser.add_argument("--buffer-rows", type=int, metavar="N", help="pack: rows' worth of look-ahead (default: 32)")
+    parser.add_argument("--count", type=int, metavar="N", help="preview: samples to show (default: 1)")
+    parser.add_argument("-o", "--output", metavar="DIR", help="tokenize: folder to write")
+    parser.add_argument("--force", action="store_true", help="tokenize: replace DIR")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if there are bad rows; tokenize writes nothing then")
+    _json(parser)
+
+
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="name, folder or .gguf file")
     parser.add_argument("--against", choices=("transformers",), help="also compare logits with this implementation")
@@ -288,6 +329,15 @@ VERBS: dict[str, Verb] = {
         (
             ("ernie doctor", "a table"),
             ("ernie doctor --json", "for a report or a script"),
+        ),
+    ),
+    "data": Verb(
+        "Check files of training rows, look at them as a model would learn them, or tokenise them.",
+        _data,
+        (
+            ("ernie data check rows.jsonl --strict", "counts, bad rows with their lines, lengths"),
+            ("ernie data preview rows.jsonl --count 3", "what is learnt of three rows"),
+            ("ernie data tokenize texts/ -o tokens", "once, instead of in every run"),
         ),
     ),
 }

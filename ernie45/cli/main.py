@@ -36,6 +36,7 @@ Run ERNIE 4.5 models on this machine.
   ernie quantize MODEL --scheme wint8|wint4|wint4-all
   ernie bench MODEL                tokens per second, against the machine's bound
   ernie verify MODEL               check every tensor
+  ernie data check|preview|pack|tokenize FILE   training rows
   ernie doctor                     versions, CPU, memory, what to fix
   ernie --version
 

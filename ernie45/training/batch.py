@@ -29,6 +29,9 @@ class Document:
     """bool (n,): whether the token is a target. The first token of a document never is: nothing stands before it."""
     num_unread: int = 1
     """How many of the last tokens are targets alone: 1, or more where a longer text was cut and an MTP block looks further."""
+    targets: Tensor | None = None
+    """int64 (n,): what is learnt at each place where that is not what the network reads there, such as the end token in place of
+    the mark between turns. None: `ids`."""
     origin: str = ""
     """Where it comes from, as `file:line`, for messages."""
 
@@ -38,6 +41,8 @@ class Document:
                 f"a document has ids {tuple(self.ids.shape)} of {self.ids.dtype} and marks {tuple(self.learnt.shape)}, "
                 "expected int64 (n,) and as many marks"
             )
+        if self.targets is not None and (self.targets.dtype != torch.int64 or self.targets.shape != self.ids.shape):
+            raise ShapeError(f"targets are {tuple(self.targets.shape)} of {self.targets.dtype}, expected int64 as many as ids")
         if not 1 <= self.num_unread < len(self.ids):
             raise ShapeError(f"a document of {len(self.ids)} tokens cannot leave {self.num_unread} of them unread")
 
@@ -97,9 +102,12 @@ class Batch:
 def _shifted(document: Document, depths: int) -> tuple[Tensor, Tensor]:
     """Tokens and labels 1 to `depths` places ahead of every input, (D, inputs) each."""
     size = document.num_inputs
-    beyond = torch.zeros(depths, dtype=torch.int64)
-    ids = torch.cat((document.ids, beyond))
-    learnt = torch.cat((document.learnt, beyond.bool()))
-    ahead = torch.stack([ids[depth : depth + size] for depth in range(1, depths + 1)])
-    marks = torch.stack([learnt[depth : depth + size] for depth in range(1, depths + 1)])
-    return ahead, ahead.masked_fill(~marks, IGNORED)
+    ahead = _windows(document.ids, size, depths)
+    targets = ahead if document.targets is None else _windows(document.targets, size, depths)
+    return ahead, targets.masked_fill(~_windows(document.learnt, size, depths), IGNORED)
+
+
+def _windows(values: Tensor, size: int, depths: int) -> Tensor:
+    """What stands 1 to `depths` places ahead of the first `size` values, 0 beyond the end."""
+    padded = torch.cat((values, values.new_zeros(depths)))
+    return torch.stack([padded[depth : depth + size] for depth in range(1, depths + 1)])
