@@ -11,7 +11,7 @@ import functools
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -395,6 +395,7 @@ class ModuleSource(Source):
             Stored(name=name, shape=tuple(tensor.shape), parts=(Part(target=name),))
             for name, tensor in self._tensors.items()
         ]
+        self._check(build_model(config, device="meta").state_dict().keys())
         super().__init__(layout)
 
     def read(self, stored: Stored, rows: tuple[int, int] | None = None) -> Tensor:
@@ -403,6 +404,15 @@ class ModuleSource(Source):
 
     def stored_dtype(self, stored: Stored) -> torch.dtype:
         return self._tensors[stored.name].dtype
+
+    def _check(self, wanted: Iterable[str]) -> None:
+        """A network with an adapter or packed leaves holds other tensors than its configuration says."""
+        other = sorted(self._tensors.keys() ^ set(wanted))
+        if other:
+            raise CheckpointError(
+                f"{self.where} differs from its configuration in {_listed(tuple(other))}: merge an adapter first, or write it "
+                "on its own; packed weights are copied with their folder"
+            )
 
 
 def open_source(path: str | Path) -> SafetensorsSource | GgufSource | PackedSource:

@@ -239,6 +239,38 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", metavar="RUN|CHECKPOINT|MODEL", help="folder of a run (its newest checkpoint), of a checkpoint, or a model")
+    parser.add_argument("dst", metavar="DST", help="folder, or FILE.gguf")
+    parser.add_argument("--to", required=True, choices=("pt", "paddle", "gguf"), help="format to write")
+    parser.add_argument("--merge", action="store_true", help="put the adapter into the weights")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter (PEFT's format) for a MODEL that has none beside it")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="auto keeps every tensor as it is")
+    parser.add_argument("--force", action="store_true", help="replace DST")
+    _json(parser)
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="name, folder or .gguf file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ppl", metavar="FILE", help="perplexity of this text")
+    what.add_argument(
+        "--task",
+        metavar="NAME|FILE",
+        help="a jsonl file, FORMAT=FILE with arc, gsm8k, hellaswag or mmlu, or NAME for tasks/NAME.jsonl in the store",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="read only N tokens of the text, run only N items of the task")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens read at a time with --ppl (default: 1024)")
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens between windows (default: the window); fewer see more context"
+    )
+    parser.add_argument("--output", metavar="FILE", help="keep every item here, and go on from there the next time")
+    parser.add_argument("--adapter", metavar="DIR", help="adapter (PEFT's format) to evaluate the model with")
+    parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="dtype to compute in (auto: the file's)")
+    _kernels(parser)
+    _json(parser)
+
+
 VERBS: dict[str, Verb] = {
     "chat": Verb(
         "Chat in the terminal, or answer one prompt and exit; the answer streams to stdout.",
@@ -305,6 +337,22 @@ VERBS: dict[str, Verb] = {
         (
             ("ernie serve smollm2-135m --api-key SECRET", "on 127.0.0.1:8000, for one key"),
             ("ernie serve DIR --host 0.0.0.0 --api-key SECRET", "for other machines"),
+        ),
+    ),
+    "export": Verb(
+        "Write a trained model in a format that serves; the copy is loaded back and compared.",
+        _export,
+        (
+            ("ernie export RUN out --to pt", "a run's newest checkpoint"),
+            ("ernie export RUN m.gguf --merge --to gguf", "with its adapter merged, for llama.cpp"),
+        ),
+    ),
+    "eval": Verb(
+        "Measure a model: perplexity of a text, or a task.",
+        _eval,
+        (
+            ("ernie eval smollm2-135m --ppl text.txt", "perplexity and bits per byte"),
+            ("ernie eval DIR --task gsm8k=test.jsonl --limit 100", "a published format"),
         ),
     ),
     "bench": Verb(

@@ -34,6 +34,8 @@ Run ERNIE 4.5 models on this machine.
   ernie show MODEL                 parameters, context, size, memory needed
   ernie convert SRC DST --to pt|paddle|gguf
   ernie quantize MODEL --scheme wint8|wint4|wint4-all
+  ernie eval MODEL --ppl FILE      perplexity of a text, or a task's accuracy
+  ernie export RUN DST --to pt|paddle|gguf
   ernie bench MODEL                tokens per second, against the machine's bound
   ernie verify MODEL               check every tensor
   ernie data check|preview|pack|tokenize FILE   training rows

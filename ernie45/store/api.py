@@ -22,6 +22,7 @@ from ernie45.models.text import CausalLM
 from ernie45.processing import tokenizer as tokenizers
 from ernie45.processing.gguf_vocab import tokenizer_files_from_gguf
 from ernie45.processing.tokenizer import Tokenizer
+from ernie45.store.convert import companions_of_folder
 from ernie45.store.location import resolve, weights_path
 
 
@@ -75,16 +76,22 @@ def save_model(
     layout: FolderLayout = "pt",
     dtype: str | None = None,
     tokenizer: Tokenizer | None = None,
+    tokenizer_from: str | Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     extra_files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a network from memory as a checkpoint that this package and transformers load.
 
-    Args: dtype: None keeps the dtypes of the parameters. tokenizer: its files are written beside the weights.
-    Raises: CheckpointError if the folder exists and `overwrite` is false; CapacityError when the disk is full.
+    Args: dtype: None keeps the dtypes of the parameters; routers and correction bias stay float32. tokenizer: its files are
+            written beside the weights. tokenizer_from: a folder whose tokenizer, template, generation config and licence are
+            written instead, byte for byte.
+    Raises: CheckpointError if the folder exists and `overwrite` is false, or the network has an adapter in place or packed
+        weights; CapacityError when the disk is full.
     """
     files = dict(extra_files or {})
+    if tokenizer_from is not None:
+        files = companions_of_folder(Path(tokenizer_from)) | files
     if tokenizer is not None:
         with TemporaryDirectory() as scratch:
             tokenizer.save(scratch)

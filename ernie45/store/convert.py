@@ -77,7 +77,7 @@ def convert(
     notes = [source.account.left_out["model.mtp_*"]] if source.mtp_dropped else []
     if to == "gguf":
         name = str(source.file.metadata.get("general.name", "")) if isinstance(source, GgufSource) else ""
-        vocabulary, missing = _vocabulary(source)
+        vocabulary, missing = gguf_vocabulary(source)
         notes += missing + write_gguf(
             source,
             dst,
@@ -107,9 +107,12 @@ def companions(source: Source) -> dict[str, bytes]:
         if "tokenizer.ggml.tokens" not in source.file.metadata:
             return {}
         return dict(tokenizer_files_from_gguf(source.file.metadata))
-    files = [
-        path for path in Path(source.where).iterdir() if path.is_file() and path.stat().st_size < _MAX_COMPANION_BYTES
-    ]
+    return companions_of_folder(Path(source.where))
+
+
+def companions_of_folder(folder: Path) -> dict[str, bytes]:
+    """The same of a folder, whether it holds weights or not."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.stat().st_size < _MAX_COMPANION_BYTES]
     return {
         path.name: path.read_bytes()
         for path in files
@@ -117,7 +120,8 @@ def companions(source: Source) -> dict[str, bytes]:
     }
 
 
-def _vocabulary(source: Source) -> tuple[dict[str, GGUFValue], list[str]]:
+def gguf_vocabulary(source: Source) -> tuple[dict[str, GGUFValue], list[str]]:
+    """The tokenizer as metadata of a GGUF file, and what is missing of it, in words."""
     if isinstance(source, GgufSource):
         metadata = {key: value for key, value in source.file.metadata.items() if key.startswith("tokenizer.")}
         return {key: _typed(value) for key, value in metadata.items()}, []

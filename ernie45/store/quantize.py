@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ernie45.checkpoint.load import load_model
 from ernie45.checkpoint.source import open_source
-from ernie45.errors import CapacityError, NotFoundError, RequestError
+from ernie45.errors import CapacityError
 from ernie45.quant.calibration import Calibration
 from ernie45.quant.quality import Quality, chunks_of, compare
 from ernie45.quant.quantize import QuantizationReport, quantize_checkpoint
@@ -20,10 +19,10 @@ from ernie45.store.api import load_tokenizer
 from ernie45.store.convert import companions
 from ernie45.store.location import installed, made, model_path, resolve
 from ernie45.store.pulled import Stages, stage
+from ernie45.store.text import read_text
 
 QUALITY_NAME, PLOT_NAME = "quality.json", "quality.png"
 _CALIBRATION_CHUNKS, _QUALITY_CHUNKS = 128, 64
-_MAX_TEXT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +58,7 @@ def quantize(
     path = resolve(model)
     target = Path(dst) if dst is not None else model_path(f"{_name(path)}-{scheme}")
     # Encoded before hours of work: a text that is too short fails at once.
-    chunks = None if report is None else chunks_of(load_tokenizer(path), _text(report), limit=_QUALITY_CHUNKS)
+    chunks = None if report is None else chunks_of(load_tokenizer(path), read_text(report), limit=_QUALITY_CHUNKS)
     calibration = None if calibrate is None else _calibration(path, Path(calibrate))
     made(target.parent)
     done = quantize_checkpoint(
@@ -85,7 +84,7 @@ def _name(path: Path) -> str:
 
 
 def _calibration(model: Path, file: Path) -> Calibration:
-    text = _text(file)
+    text = read_text(file)
     chunks = chunks_of(load_tokenizer(model), text, limit=_CALIBRATION_CHUNKS)
     origin = {
         "method": "gptq",
@@ -106,15 +105,3 @@ def _measure(model: Path, target: Path, chunks_CT: Tensor) -> Quality:
     quality.save_json(target / QUALITY_NAME)
     quality.save_plot(target / PLOT_NAME)
     return quality
-
-
-def _text(file: str | Path) -> str:
-    path = Path(os.path.expanduser(file))
-    if not path.is_file():
-        raise NotFoundError(f"there is no text file {path}")
-    if path.stat().st_size > _MAX_TEXT_BYTES:
-        raise RequestError(f"{path} has {path.stat().st_size} bytes, more than {_MAX_TEXT_BYTES}: cut it")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): convert it") from error

@@ -1,0 +1,227 @@
+"""Export what training made: find it, merge its adapter, write it with all that belongs to it, load it back and compare.
+
+The copy is written beside its destination and takes its name only after its logits were compared with those of the network that
+training had in memory: nothing that existed before is touched by an export that fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ernie45.checkpoint.atomic import atomic_folder, partial_path
+from ernie45.checkpoint.load import load_model
+from ernie45.checkpoint.source import Source, open_source
+from ernie45.checkpoint.write import write_folder, write_gguf
+from ernie45.errors import CheckpointError, NotFoundError, UsageError
+from ernie45.models.build import build_model, dtype_name, parse_dtype
+from ernie45.models.text import CausalLM
+from ernie45.store.compare import Comparison, compare_networks
+from ernie45.store.convert import Format, companions, gguf_vocabulary
+from ernie45.store.location import resolve
+from ernie45.store.pulled import Stages, stage
+
+MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
+_STEP = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What is exported."""
+
+    base: Path
+    """A folder or .gguf file with weights."""
+    adapter: Path | None = None
+    """An adapter in PEFT's format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What an export did."""
+
+    source: str
+    adapter: str | None
+    target: str
+    to_format: str
+    dtype: str
+    """Of the weights in the copy."""
+    max_logit_difference: float
+    """Of the copy, loaded in float32, to the network with its adapter unmerged."""
+    tolerance: float
+    same_best_token: float
+    """Share of the compared positions at which both prefer the same next token."""
+    notes: tuple[str, ...] = field(default=())
+    """What could not be taken along, in words."""
+
+
+def export(
+    what: str | Path,
+    dst: str | Path,
+    to: Format,
+    *,
+    merge: bool = False,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    progress: Stages | None = None,
+) -> Export:
+    """Write a trained model in a format that serves, with tokenizer, template and generation config, and check the copy.
+
+    Args: what: see `find_trained`. dst: a folder, or a .gguf file. merge: put the adapter into the weights. adapter: one for a
+            model that has none beside it. dtype: `auto` keeps every tensor's, else of all but routers and correction bias.
+            overwrite: replace `dst`. progress: called with the name of each stage.
+    Raises: UsageError for an adapter without `merge`, or `merge` without one; CheckpointError if the copy computes something
+        else, or cannot be written; and what reading raises. `dst` is as before unless the copy is good.
+    """
+    if to == "gguf" and Path(dst).suffix != ".gguf":
+        raise UsageError(f"{dst} is no name for a GGUF file: it must end in .gguf, or no program will read it")
+    if os.path.lexists(dst) and not overwrite:
+        raise CheckpointError(f"{dst} exists already: choose another name, or replace it with --force")
+    trained = find_trained(what, adapter)
+    _check_merge(trained, merge)
+    base = open_source(trained.base)
+    source = _merged(base, trained.adapter)
+    target_dtype = None if dtype == "auto" else parse_dtype(dtype)
+    notes = [base.account.left_out["model.mtp_*"]] if base.mtp_dropped else []
+    with _candidate(Path(dst), to, overwrite) as candidate:
+        notes += _write(base, source, candidate, to, target_dtype, Path(dst).stem, progress)
+        copied, comparison = _check(base, trained, candidate, progress)
+    return Export(
+        source=str(trained.base),
+        adapter=None if trained.adapter is None else str(trained.adapter),
+        target=str(dst),
+        to_format=to,
+        dtype=copied,
+        max_logit_difference=comparison.max_difference,
+        tolerance=comparison.tolerance,
+        same_best_token=comparison.same_best_token,
+        notes=tuple(notes),
+    )
+
+
+def find_trained(what: str | Path, adapter: str | Path | None = None) -> Trained:
+    """The weights behind a run's folder (its newest checkpoint), a checkpoint's folder, a model's folder, file or name.
+
+    A checkpoint holds `model/`, or `adapter/` whose configuration names the base. Raises: NotFoundError, UsageError.
+    """
+    folder = Path(os.path.expanduser(what))
+    if (folder / CHECKPOINTS).is_dir():
+        folder = _newest(folder / CHECKPOINTS)
+    own = folder / ADAPTER_FOLDER
+    if (folder / MODEL_FOLDER).is_dir():
+        found = Trained(base=folder / MODEL_FOLDER, adapter=own if own.is_dir() else None)
+    elif own.is_dir():
+        found = Trained(base=_base_of(own), adapter=own)
+    else:
+        found = Trained(base=resolve(folder if folder.exists() else what))
+    if adapter is None:
+        return found
+    if found.adapter is not None:
+        raise UsageError(f"{found.adapter} lies beside the weights already: leave --adapter out, or name the base model instead")
+    return Trained(base=found.base, adapter=Path(os.path.expanduser(adapter)))
+
+
+def _newest(folder: Path) -> Path:
+    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
+    if not steps:
+        raise NotFoundError(f"{folder} holds no checkpoint (step-*): has the run saved one?")
+    return max(steps)[1]
+
+
+def _base_of(adapter: Path) -> Path:
+    from ernie45.training.lora.read import read_adapter
+
+    base = read_adapter(adapter).base
+    if base is None:
+        raise NotFoundError(f"{adapter} does not say which model it belongs to: name that model, and the adapter with --adapter")
+    return resolve(base)
+
+
+def _check_merge(trained: Trained, merge: bool) -> None:
+    if trained.adapter is not None and not merge:
+        raise UsageError(
+            f"{trained.adapter} is an adapter: say --merge to put it into the weights, or use that folder with PEFT as it is"
+        )
+    if trained.adapter is None and merge:
+        raise UsageError(f"{trained.base} has no adapter to merge: leave --merge out, or name one with --adapter")
+
+
+def _merged(base: Source, adapter: Path | None) -> Source:
+    if adapter is None:
+        return base
+    from ernie45.training.lora.read import adapter_from, read_adapter
+    from ernie45.training.lora.source import AdaptedSource
+
+    return AdaptedSource(base, adapter_from(read_adapter(adapter), base.config))
+
+
+@contextmanager
+def _candidate(dst: Path, to: Format, overwrite: bool) -> Iterator[Path]:
+    """A path beside `dst` to write to; what is there takes the name of `dst` if the block ends well."""
+    if to != "gguf":
+        with atomic_folder(dst, overwrite=overwrite) as partial:
+            yield partial
+        return
+    target = Path(os.path.abspath(dst))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = partial_path(target)
+    scratch.mkdir()
+    try:
+        yield scratch / target.name
+        os.replace(scratch / target.name, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(
+    base: Source, source: Source, candidate: Path, to: Format, dtype: torch.dtype | None, name: str, progress: Stages | None
+) -> list[str]:
+    """Write the copy; returns what could not be taken along."""
+    report = stage(progress, "writing")
+    if to == "gguf":
+        vocabulary, notes = gguf_vocabulary(base)
+        return notes + write_gguf(source, candidate, name=name, dtype=dtype, vocabulary=vocabulary, progress=report)
+    write_folder(
+        source, candidate, layout=to, dtype=dtype, extra_files=companions(base), overwrite=True, progress=report
+    )
+    return []
+
+
+def _check(base: Source, trained: Trained, candidate: Path, progress: Stages | None) -> tuple[str, Comparison]:
+    """Load the copy and compare. Raises: CheckpointError if it computes something else."""
+    report = stage(progress, "comparing")
+    copied = dtype_name(_main_dtype(open_source(candidate)))
+    reference = _network(base, trained.adapter)
+    comparison = compare_networks(reference, load_model(candidate, progress=report), copied)
+    if not comparison.ok:
+        raise CheckpointError(
+            f"the copy was not kept: its logits differ by up to {comparison.max_difference:.3g} from those of {trained.base}, "
+            f"and {comparison.tolerance:.3g} is what {copied} may cost"
+        )
+    return copied, comparison
+
+
+def _main_dtype(source: Source) -> torch.dtype:
+    from ernie45.checkpoint.load import file_dtype
+
+    return file_dtype(source)
+
+
+@torch.no_grad()
+def _network(base: Source, adapter: Path | None) -> CausalLM:
+    """The network that training had: the base in float32 and the adapter beside it, which checks merging as well."""
+    model = build_model(base.config, device="meta").to_empty(device="cpu").eval()
+    for name, tensor in model.state_dict().items():
+        base.fill(tensor, name, ())
+    if adapter is not None:
+        from ernie45.training.lora.read import load_adapter
+
+        load_adapter(model, adapter)
+    return model

@@ -1,0 +1,1 @@
+"""Low-rank adapters: small matrices beside frozen ones, on every matrix of a layer, routed experts included."""
