@@ -51,7 +51,7 @@ class UpoConfig:
     kl_in: KlIn = "reward"
     """As a penalty of each token's reward, or as a term of the loss."""
     kl_estimator: KlEstimator = "k3"
-    """How the distance is estimated in the loss; rewards take k1."""
+    """How the distance is estimated in the loss, k2 or k3; rewards take k1."""
     entropy_weight: float = 0.0
     """Weight of the policy's entropy, which is made larger."""
     preference_weight: float = 0.0
@@ -77,6 +77,8 @@ class UpoConfig:
             raise ConfigError("pair_ratio is 0: to leave the preference part out set preference_weight to 0")
         if self.value_clip is not None:
             _check("value_clip", self.value_clip, 0)
+        if self.kl_estimator == "k1":
+            raise ConfigError("kl_estimator is k1, whose gradient is noise: take k2 or k3, or put the distance into the reward (kl_in)")
         if not self.policy and not self.preference_weight:
             raise ConfigError("policy is off and preference_weight is 0: nothing would be learnt")
         self._refuse_unread()
