@@ -250,7 +250,11 @@ def _verify(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", metavar="RUN|CHECKPOINT|MODEL", help="folder of a run (its newest checkpoint), of a checkpoint, or a model")
+    parser.add_argument(
+        "what",
+        metavar="RUN|CHECKPOINT|MODEL",
+        help="folder of a run (its newest checkpoint), of a checkpoint, or a model",
+    )
     parser.add_argument("dst", metavar="DST", help="folder, or FILE.gguf")
     parser.add_argument("--to", required=True, choices=("pt", "paddle", "gguf"), help="format to write")
     parser.add_argument("--merge", action="store_true", help="put the adapter into the weights")
@@ -269,7 +273,9 @@ def _eval(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="a jsonl file, FORMAT=FILE with arc, gsm8k, hellaswag or mmlu, or NAME for tasks/NAME.jsonl in the store",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="read only N tokens of the text, run only N items of the task")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="read only N tokens of the text, run only N items of the task"
+    )
     parser.add_argument("--window", type=int, metavar="N", help="tokens read at a time with --ppl (default: 1024)")
     parser.add_argument(
         "--stride", type=int, metavar="N", help="tokens between windows (default: the window); fewer see more context"

@@ -60,9 +60,7 @@ def _task(options: argparse.Namespace) -> TaskResult:
     task = find_task(options.task)
     subject = NetworkSubject(_model(options), load_tokenizer(options.model))
     about = f"{resolve(options.model)}{f' + {options.adapter}' if options.adapter else ''}, {options.dtype}"
-    return run_task(
-        task, subject, limit=options.limit, output=options.output, about=about, progress=_Steps("items")
-    )
+    return run_task(task, subject, limit=options.limit, output=options.output, about=about, progress=_Steps("items"))
 
 
 def _model(options: argparse.Namespace) -> CausalLM:

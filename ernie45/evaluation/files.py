@@ -82,7 +82,9 @@ def _settings(stated: object, where: str) -> Mapping[str, Any]:
         raise ConfigError(f"{where}: task must be an object with some of {', '.join(_SETTINGS)}")
     for key in stated:
         if key not in _SETTINGS:
-            raise ConfigError(f"{where}: task has no setting {str(key)[:40]!r}, the nearest is {nearest(str(key), _SETTINGS)}")
+            raise ConfigError(
+                f"{where}: task has no setting {str(key)[:40]!r}, the nearest is {nearest(str(key), _SETTINGS)}"
+            )
     return stated
 
 
@@ -150,7 +152,9 @@ def _mmlu(path: Path) -> Task:
     for number, row in enumerate(csv.reader(io.StringIO(read_text(path))), start=1):
         question, choices, letter = row[0] if row else "", row[1:-1], row[-1] if row else ""
         if len(row) < 4 or not letter or letter not in _LETTERS[: len(choices)]:
-            raise ConfigError(f"{path}:{number}: {len(row)} columns, expected question, choices and the letter of the answer")
+            raise ConfigError(
+                f"{path}:{number}: {len(row)} columns, expected question, choices and the letter of the answer"
+            )
         listed = "\n".join(f"{mark}. {text}" for mark, text in zip(_LETTERS, choices, strict=False))
         items.append(
             Choice(

@@ -17,16 +17,13 @@ from typing import Protocol
 from ernie45.errors import RequestError
 from ernie45.evaluation.score import BATCH_TOKENS, Target, score
 from ernie45.models.text import CausalLM
+from ernie45.quant.quality import Encoder
 
 DEFAULT_WINDOW = 1024
 
 
-class TextCodec(Protocol):
+class TextCodec(Encoder, Protocol):
     """What turns text into token ids and back."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
-        ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids."""

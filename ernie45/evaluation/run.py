@@ -81,7 +81,9 @@ class _Record:
             atomic_write_text(self._path, f"{whole}\n" if whole else "")
         lines = whole.splitlines()
         if lines and self._parsed(lines[0], 1) != self._header:
-            raise CheckpointError(f"{self._path} holds another task's or model's items: name another file, or delete it")
+            raise CheckpointError(
+                f"{self._path} holds another task's or model's items: name another file, or delete it"
+            )
         for number, line in enumerate(lines[1:], start=2):
             data = self._parsed(line, number)
             try:

@@ -56,7 +56,9 @@ def score(model: CausalLM, targets: Sequence[Target]) -> list[Score]:
     limit = model.config.max_position_embeddings
     for target in targets:
         if len(target.ids) - 1 > limit:
-            raise ContextLengthError(f"a sequence of {len(target.ids)} tokens is scored, the model's context holds {limit}")
+            raise ContextLengthError(
+                f"a sequence of {len(target.ids)} tokens is scored, the model's context holds {limit}"
+            )
     return [found for batch in _batches(targets) for found in _score_batch(model, batch)]
 
 
@@ -78,7 +80,11 @@ def _score_batch(model: CausalLM, batch: list[Target]) -> list[Score]:
     ids = torch.tensor([i for target in batch for i in target.ids[:-1]], device=model.device)
     hidden_TH = model.hidden(ids, AttentionView(lengths=lengths))
     # Behind the last token that is read stands the last one that is scored.
-    rows = [row for parts in zip(batch, _ends(lengths), strict=True) for row in range(parts[1] - parts[0].num_scored, parts[1])]
+    rows = [
+        row
+        for parts in zip(batch, _ends(lengths), strict=True)
+        for row in range(parts[1] - parts[0].num_scored, parts[1])
+    ]
     labels_T = torch.tensor([i for target in batch for i in target.ids[-target.num_scored :]], device=model.device)
     logprobs_T, best_T = _label_logprobs(model, hidden_TH[torch.tensor(rows, device=model.device)], labels_T)
     sizes = [target.num_scored for target in batch]

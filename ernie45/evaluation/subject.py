@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+from ernie45.engine.params import SamplingParams
 from ernie45.errors import RequestError
 from ernie45.evaluation.score import Score, Target, score
 from ernie45.llm import LLM
 from ernie45.models.text import CausalLM
-from ernie45.engine.params import SamplingParams
 from ernie45.processing.tokenizer import Tokenizer
 
 

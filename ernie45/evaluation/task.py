@@ -119,7 +119,9 @@ class Matching:
         if self.match not in get_args(Match):
             raise ConfigError(f"match is {self.match!r}, expected one of {', '.join(get_args(Match))}")
         if (self.match == "regex") != (self.pattern is not None):
-            raise ConfigError(f"match is {self.match} and pattern {self.pattern!r}: a pattern goes with regex, and with it alone")
+            raise ConfigError(
+                f"match is {self.match} and pattern {self.pattern!r}: a pattern goes with regex, and with it alone"
+            )
         try:
             re.compile(self.pattern or "")
         except re.error as error:
@@ -214,5 +216,7 @@ def _value(answer: str) -> float:
 def _by_id(items: Sequence[Any]) -> dict[str, Any]:
     found = {item.id: item for item in items}
     if len(found) != len(items) or not items:
-        raise ConfigError(f"{len(items)} items have {len(found)} different ids: expected at least one item, and an id for each")
+        raise ConfigError(
+            f"{len(items)} items have {len(found)} different ids: expected at least one item, and an id for each"
+        )
     return found

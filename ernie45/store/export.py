@@ -91,7 +91,7 @@ def export(
     target_dtype = None if dtype == "auto" else parse_dtype(dtype)
     notes = [base.account.left_out["model.mtp_*"]] if base.mtp_dropped else []
     with _candidate(Path(dst), to, overwrite) as candidate:
-        notes += _write(base, source, candidate, to, target_dtype, Path(dst).stem, progress)
+        notes += _write(base, source, candidate, to, target_dtype, progress)
         copied, comparison = _check(base, trained, candidate, progress)
     return Export(
         source=str(trained.base),
@@ -124,7 +124,9 @@ def find_trained(what: str | Path, adapter: str | Path | None = None) -> Trained
     if adapter is None:
         return found
     if found.adapter is not None:
-        raise UsageError(f"{found.adapter} lies beside the weights already: leave --adapter out, or name the base model instead")
+        raise UsageError(
+            f"{found.adapter} lies beside the weights already: leave --adapter out, or name the base model instead"
+        )
     return Trained(base=found.base, adapter=Path(os.path.expanduser(adapter)))
 
 
@@ -140,7 +142,9 @@ def _base_of(adapter: Path) -> Path:
 
     base = read_adapter(adapter).base
     if base is None:
-        raise NotFoundError(f"{adapter} does not say which model it belongs to: name that model, and the adapter with --adapter")
+        raise NotFoundError(
+            f"{adapter} does not say which model it belongs to: name that model, and the adapter with --adapter"
+        )
     return resolve(base)
 
 
@@ -181,13 +185,20 @@ def _candidate(dst: Path, to: Format, overwrite: bool) -> Iterator[Path]:
 
 
 def _write(
-    base: Source, source: Source, candidate: Path, to: Format, dtype: torch.dtype | None, name: str, progress: Stages | None
+    base: Source,
+    source: Source,
+    candidate: Path,
+    to: Format,
+    dtype: torch.dtype | None,
+    progress: Stages | None,
 ) -> list[str]:
     """Write the copy; returns what could not be taken along."""
     report = stage(progress, "writing")
     if to == "gguf":
         vocabulary, notes = gguf_vocabulary(base)
-        return notes + write_gguf(source, candidate, name=name, dtype=dtype, vocabulary=vocabulary, progress=report)
+        return notes + write_gguf(
+            source, candidate, name=candidate.stem, dtype=dtype, vocabulary=vocabulary, progress=report
+        )
     write_folder(
         source, candidate, layout=to, dtype=dtype, extra_files=companions(base), overwrite=True, progress=report
     )

@@ -55,7 +55,9 @@ def test_a_token_over_the_border_belongs_to_the_continuation(subject: NetworkSub
     encode = subject.tokenizer.encode
     context, text = "the qui", "ck brown"
     whole = encode(context + text)
-    assert whole[: len(encode(context))] != encode(context), "the vocabulary does not join them: the test proves nothing"
+    assert whole[: len(encode(context))] != encode(context), (
+        "the vocabulary does not join them: the test proves nothing"
+    )
     target = subject._target(Continuation(context=context, text=text))
     assert list(target.ids) == whole
     assert encode(context)[: len(whole) - target.num_scored] == whole[: -target.num_scored]

@@ -161,10 +161,14 @@ def test_comparing_looks_at_everything(small_model: Callable[..., Any]) -> None:
     for name in reference.state_dict():
         other = small_model(moe=True, mtp=1)
         with torch.no_grad():
-            other.state_dict()[name].add_(0.5 * torch.randn(other.state_dict()[name].shape, generator=torch.Generator().manual_seed(2)))
+            other.state_dict()[name].add_(
+                0.5 * torch.randn(other.state_dict()[name].shape, generator=torch.Generator().manual_seed(2))
+            )
         assert not compare_networks(reference, other, "float32").ok, name
     assert not Comparison(max_difference=float("nan"), tolerance=1.0, same_best_token=0.0).ok
-    tolerances = [compare_networks(reference, reference, dtype).tolerance for dtype in ("float32", "float16", "bfloat16")]
+    tolerances = [
+        compare_networks(reference, reference, dtype).tolerance for dtype in ("float32", "float16", "bfloat16")
+    ]
     assert tolerances == sorted(tolerances)
 
 

@@ -173,7 +173,9 @@ def test_own_files(tmp_path: Path) -> None:
     result = run_task(task, Known({" blue": -1, " green": -2}))
     assert result.measures["accuracy"].mean == 0.5
     header = {"task": {"name": "sums", "match": "numeric", "max_tokens": 5, "stop": "\n", "chat": True}}
-    task = read_task(lines(tmp_path / "g.jsonl", header, {"prompt": "1+1=", "answer": 2}, {"prompt": "?", "answer": ["3", 4]}))
+    task = read_task(
+        lines(tmp_path / "g.jsonl", header, {"prompt": "1+1=", "answer": 2}, {"prompt": "?", "answer": ["3", 4]})
+    )
     subject = Known(answers={"1+1=": "2.0", "?": "4"})
     assert run_task(task, subject).measures["accuracy"].mean == 1
     assert subject.queries[0] == Query(prompt="1+1=", max_tokens=5, stop=("\n",), chat=True)
@@ -186,7 +188,10 @@ def test_own_files(tmp_path: Path) -> None:
         ([], "holds no item"),
         (["{"], ":1: no JSON"),
         (["[1]"], ":1: a list, expected an object"),
-        ([{"task": {"shots": 5}}, {"prompt": "?", "answer": "x"}], ":1: task has no setting 'shots', the nearest is stop"),
+        (
+            [{"task": {"shots": 5}}, {"prompt": "?", "answer": "x"}],
+            ":1: task has no setting 'shots', the nearest is stop",
+        ),
         ([{"task": 3}], ":1: task must be an object"),
         ([{"context": "?", "choices": "xy", "answer": 0}], ":1: choices is 'xy', expected list"),
         ([{"context": "?", "choices": ["x", "y"], "answer": True}], ":1: answer is 'True', expected int"),
@@ -235,7 +240,11 @@ def test_published_formats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format", "text", "message"),
     [
-        ("arc", '{"question": {"stem": "?", "choices": [{"text": "a", "label": "A"}]}, "answerKey": "B"}', "the labels are A"),
+        (
+            "arc",
+            '{"question": {"stem": "?", "choices": [{"text": "a", "label": "A"}]}, "answerKey": "B"}',
+            "the labels are A",
+        ),
         ("hellaswag", '{"ctx": "x", "endings": ["a", "b"], "label": ""}', "answer -1"),
         ("mmlu", "a,b\n", "2 columns"),
         ("mmlu", "q,a,b,E\n", "4 columns"),

@@ -28,7 +28,7 @@ Build = Callable[..., CausalLM]
 IDS = torch.tensor([[5, 1, 33, 99, 7, 62], [9, 9, 50, 2, 81, 14]])
 
 
-def fill_B(adapter: Adapter, seed: int = 3) -> None:
+def fill_up(adapter: Adapter, seed: int = 3) -> None:
     """As if it had been trained: B is zero before."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -47,7 +47,9 @@ def loss(model: CausalLM) -> Tensor:
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_bias": True, "tie_word_embeddings": False}, {"moe": True}])
-def test_a_new_adapter_changes_no_bit_and_leaves_only_itself_to_learn(small_model: Build, fields: dict[str, Any]) -> None:
+def test_a_new_adapter_changes_no_bit_and_leaves_only_itself_to_learn(
+    small_model: Build, fields: dict[str, Any]
+) -> None:
     model = small_model(**fields)
     with torch.no_grad():
         before = model(IDS)
@@ -66,7 +68,7 @@ def test_outputs_and_gradients_are_those_of_merged_weights(small_model: Build, m
     """An independent way to all of it: plain weights W + s B A, and the chain rule by hand."""
     model, plain = small_model(moe=moe), small_model(moe=moe).requires_grad_(True)
     adapter = add_lora(model, LoraConfig(rank=3, alpha=5), seed=0)
-    fill_B(adapter)
+    fill_up(adapter)
     state = plain.state_dict()
     with torch.no_grad():
         for name, lora in adapter.items():
@@ -98,7 +100,7 @@ def test_outputs_and_gradients_are_those_of_merged_weights(small_model: Build, m
 def test_scale(small_model: Build, fields: dict[str, Any], scale: float) -> None:
     model, plain = small_model(), small_model()
     adapter = add_lora(model, LoraConfig(**fields), seed=0)
-    fill_B(adapter)
+    fill_up(adapter)
     with torch.no_grad():
         for name, lora in adapter.items():
             assert lora.lora_A.shape[0] == fields["rank"]
@@ -111,7 +113,9 @@ def test_targets_choose_matrices(small_model: Build, target: Any) -> None:
     adapter = add_lora(small_model(moe=True, mtp=1), LoraConfig(targets=(target,)), seed=0)
     names = {name.removesuffix(".weight").rpartition(".")[2] for name in adapter}
     assert names == {target}
-    layers = 3 if target in ("qkv_proj", "o_proj") else 1 + 2 + 2  # a dense layer; shared and routed experts of two more
+    layers = (
+        3 if target in ("qkv_proj", "o_proj") else 1 + 2 + 2
+    )  # a dense layer; shared and routed experts of two more
     assert len(adapter) == layers
 
 
@@ -138,7 +142,7 @@ def test_dropout_acts_on_the_adapter_alone_and_while_training_alone(small_model:
     with torch.no_grad():
         plain = model(IDS)
         assert torch.equal(model.train()(IDS), plain), "B is zero: whatever the adapter drops changes nothing"
-        fill_B(adapter)
+        fill_up(adapter)
         torch.manual_seed(0)
         first, second = model(IDS), model(IDS)
         assert not torch.equal(first, second)
@@ -159,7 +163,7 @@ def test_seed_and_start(small_model: Build) -> None:
     assert 0.95 * bound < float(first.abs().max()) <= bound
 
 
-def test_lora_plus_scales_the_rate_of_every_B(small_model: Build) -> None:
+def test_lora_plus_scales_the_rate_of_the_second_factor(small_model: Build) -> None:
     model = small_model(moe=True)
     add_lora(model, LoraConfig(lora_plus_scale=16), seed=0)
     names = {name for name in lora_parameters(model) if name.endswith("lora_B")}
@@ -173,7 +177,7 @@ def test_adapter_off_is_the_network_before(small_model: Build) -> None:
     model = small_model(moe=True)
     with torch.no_grad():
         before = model(IDS)
-        fill_B(add_lora(model, LoraConfig(), seed=0))
+        fill_up(add_lora(model, LoraConfig(), seed=0))
         adapted = model(IDS)
         assert not torch.allclose(adapted, before)
         with adapter_off(model):
@@ -195,7 +199,7 @@ def test_adapter_off_is_the_network_before(small_model: Build) -> None:
 @pytest.mark.parametrize("fields", [{"moe": True, "mtp": 1}, {"use_bias": True}])
 def test_merge_gives_the_plain_network_back(small_model: Build, fields: dict[str, Any]) -> None:
     model, plain = small_model(**fields), small_model(**fields)
-    fill_B(add_lora(model, LoraConfig(mtp=bool(fields.get("mtp"))), seed=0))
+    fill_up(add_lora(model, LoraConfig(mtp=bool(fields.get("mtp"))), seed=0))
     with torch.no_grad():
         before = model(IDS)
     merge(model)
@@ -211,7 +215,7 @@ def test_merging_into_bfloat16_rounds_once(small_model: Build) -> None:
     model, plain = small_model(moe=True, dtype=torch.bfloat16), small_model(moe=True, dtype=torch.bfloat16)
     adapter = add_lora(model, LoraConfig(rank=4), seed=0)
     assert all(lora.lora_B.dtype == torch.float32 for lora in adapter.values())
-    fill_B(adapter)
+    fill_up(adapter)
     assert model(IDS).dtype == torch.bfloat16
     merge(model)
     for name, tensor in plain.state_dict().items():
@@ -230,7 +234,7 @@ def test_dora_turns_rows_and_sets_their_length(small_model: Build) -> None:
         before = model(IDS)
         adapter = add_lora(model, LoraConfig(rank=3, alpha=3, dora=True), seed=0)
         torch.testing.assert_close(model(IDS), before, rtol=1e-6, atol=1e-6)
-        fill_B(adapter)
+        fill_up(adapter)
         for name, lora in adapter.items():
             assert lora.magnitude is not None
             lora.magnitude.mul_(torch.linspace(0.5, 1.5, len(lora.magnitude)))
@@ -315,6 +319,6 @@ def test_training_steps_make_the_loss_smaller(small_model: Build) -> None:
         value = loss(model)
         value.backward()
         optimizer.step()
-        losses.append(float(value))
+        losses.append(float(value.detach()))
     assert losses[-1] < 0.2 * losses[0]
     assert all(bool(lora.lora_B.any()) for lora in adapter.values())

@@ -50,16 +50,14 @@ def put_adapter(model: CausalLM, adapter: Adapter) -> None:
     Raises: ConfigError if a part belongs to no matrix of this network.
     """
     restore_leaves(model)
-    model.requires_grad_(False)
     left = dict(adapter)
-    for name, module in list(model.named_modules()):
-        leaf = _leaf(name, module, left)
-        if leaf is not None:
-            parent, _, last = name.rpartition(".")
-            leaf.train(module.training)
-            setattr(model.get_submodule(parent), last, leaf)
+    leaves = [(name, leaf) for name, module in model.named_modules() if (leaf := _leaf(name, module, left)) is not None]
     if left:
         raise ConfigError(f"the adapter is for another network: this one has no {', '.join(sorted(left)[:4])}")
+    model.requires_grad_(False)
+    for name, leaf in leaves:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, leaf.train(model.training))
     for lora in adapter.values():
         lora.requires_grad_(True)
         lora.to(model.device)
@@ -122,9 +120,9 @@ def merge(model: CausalLM) -> None:
 def adapted_leaves(model: nn.Module) -> Iterator[tuple[LoraLinear | AdaptedExperts, str]]:
     """The leaves that hold a part of an adapter, with their names."""
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLinear):
-            yield module, name
-        elif isinstance(module, AdaptedExperts) and (module.up_gate_lora or module.down_lora):
+        if isinstance(module, LoraLinear) or (
+            isinstance(module, AdaptedExperts) and (module.up_gate_lora or module.down_lora)
+        ):
             yield module, name
 
 
@@ -166,7 +164,9 @@ def _new_parts(name: str, module: nn.Module, config: LoraConfig) -> Adapter:
         return {}
     if isinstance(module, FrozenPackedLinear):
         if config.dora:
-            raise ConfigError(f"{name} is packed, and DoRA needs plain weights: set lora dora to false, or train the plain model")
+            raise ConfigError(
+                f"{name} is packed, and DoRA needs plain weights: set lora dora to false, or train the plain model"
+            )
         return {f"{name}.weight": _new((module.matrix.rows, module.matrix.columns), config)}
     lora = _new((module.out_features, module.in_features), config)
     if config.dora:

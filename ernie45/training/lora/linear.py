@@ -1,7 +1,7 @@
 """Linear layers with an adapter: the leaf that takes a linear layer's place.
 
-Parameters keep their names: `X.weight` and `X.bias` are those of the layer that was there, `X.lora.lora_A` and `X.lora.lora_B` come with the
-adapter. Shape letters: T tokens, N rows (outputs), K columns (inputs).
+Parameters keep their names: `X.weight` and `X.bias` are those of the layer that was there, `X.lora.lora_A` and `X.lora.lora_B`
+come with the adapter. Shape letters: T tokens, N rows (outputs), K columns (inputs).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class _Product(torch.autograd.Function):
         return x_TK @ restore().T
 
     @staticmethod
-    def backward(ctx: Any, gradient_TN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_TN: Tensor) -> tuple[Tensor, None]:
         # Under autocast the gradient is narrower than the matrix.
         return (gradient_TN.float() @ ctx.restore()).to(ctx.dtype), None
 
@@ -61,7 +61,7 @@ class FrozenMatrix:
 
     def product(self, x_TK: Tensor) -> Tensor:
         """`x W^T`, with a gradient for x alone."""
-        out: Tensor = _Product.apply(x_TK, self.restore)
+        out: Tensor = _Product.apply(x_TK, self.restore)  # type: ignore[no-untyped-call]  # torch's
         return out
 
 
@@ -95,7 +95,7 @@ class PackedLoraLinear(LoraLinear):
         """A float32 layer: the sum does not fit the packed grid any more."""
         dense = Linear(self.matrix.columns, self.matrix.rows, bias=False)
         dense.weight.copy_(self.lora.merged(self.matrix.restore()))
-        dense.bias = self.bias
+        dense.register_parameter("bias", self.bias)
         return dense.requires_grad_(False)
 
 
@@ -146,25 +146,8 @@ def restore_leaves(model: CausalLM) -> None:
 
 def _trainable(model: CausalLM, leaf: nn.Module) -> nn.Module | None:
     """What takes a leaf's place; None if it stays."""
-    if isinstance(leaf, KernelRMSNorm):
-        norm = RMSNorm(1, leaf.eps, torch.float32)
-        norm.weight = leaf.weight
-        return norm
-    if isinstance(leaf, KernelAttentionCore):
-        return AttentionCore(model.config, leaf.layer_idx)
-    if isinstance(leaf, KernelRouter):
-        return _plain_router(model, leaf)
-    if isinstance(leaf, PackedLmHead):
-        return _plain_head(model, leaf)
-    if isinstance(leaf, PackedLinear):
-        return FrozenPackedLinear(FrozenMatrix(leaf.matrix), leaf.bias)
-    if isinstance(leaf, PackedSwiGLU):
-        return _swiglu(leaf.unit, None, None)
-    if isinstance(leaf, BiasedSwiGLU):
-        return _swiglu(leaf.unit, leaf.up_gate_proj.bias, leaf.down_proj.bias)
-    if isinstance(leaf, PackedExperts):
-        return PackedLoraExperts([_matrices(unit) for unit in leaf.pool.units], None, None)
-    return None
+    make = _MAKERS.get(type(leaf))
+    return None if make is None else make(model, leaf)
 
 
 def _part_shared_experts(block: MoeBlock) -> None:
@@ -202,3 +185,21 @@ def _plain_head(model: CausalLM, leaf: PackedLmHead) -> LmHead:
         head.weight = nn.Parameter(dequantize(leaf.matrix), requires_grad=False)
     head.bias = leaf.bias
     return head
+
+
+def _plain_norm(model: CausalLM, leaf: KernelRMSNorm) -> RMSNorm:
+    norm = RMSNorm(1, leaf.eps, torch.float32)
+    norm.weight = leaf.weight
+    return norm
+
+
+_MAKERS: dict[type[nn.Module], Callable[[CausalLM, Any], nn.Module]] = {
+    KernelRMSNorm: _plain_norm,
+    KernelAttentionCore: lambda model, leaf: AttentionCore(model.config, leaf.layer_idx),
+    KernelRouter: _plain_router,
+    PackedLmHead: _plain_head,
+    PackedLinear: lambda _, leaf: FrozenPackedLinear(FrozenMatrix(leaf.matrix), leaf.bias),
+    PackedSwiGLU: lambda _, leaf: _swiglu(leaf.unit, None, None),
+    BiasedSwiGLU: lambda _, leaf: _swiglu(leaf.unit, leaf.up_gate_proj.bias, leaf.down_proj.bias),
+    PackedExperts: lambda _, leaf: PackedLoraExperts([_matrices(unit) for unit in leaf.pool.units], None, None),
+}

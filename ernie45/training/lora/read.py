@@ -40,7 +40,6 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "lora_bias": (False, None),
     "layer_replication": (None, []),
-    "use_qalora": (False, None),
     "alora_invocation_tokens": (None, []),
     "trainable_token_indices": (None, [], {}),
 }
@@ -75,7 +74,9 @@ class AdapterFile:
         found = [value for pattern, value in patterns.items() if _fits(pattern, name, self.folder)]
         alpha = found[0] if found else self.stated.get("lora_alpha")
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
-            raise CheckpointError(f"{self.folder}: lora_alpha of {name} is {str(alpha)[:40]}, expected a number above 0")
+            raise CheckpointError(
+                f"{self.folder}: lora_alpha of {name} is {str(alpha)[:40]}, expected a number above 0"
+            )
         return float(alpha)
 
 
@@ -100,7 +101,9 @@ def read_adapter(folder: str | Path) -> AdapterFile:
     if not config.is_file() or not (root / WEIGHTS_NAME).is_file():
         raise NotFoundError(f"{root} is no adapter: expected {CONFIG_NAME} and {WEIGHTS_NAME}")
     if config.stat().st_size > _MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{config}: {config.stat().st_size} bytes, a configuration has at most {_MAX_CONFIG_BYTES}")
+        raise CheckpointError(
+            f"{config}: {config.stat().st_size} bytes, a configuration has at most {_MAX_CONFIG_BYTES}"
+        )
     stated = parse_json_object(config.read_bytes(), config)
     _check_config(stated, config)
     tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -156,7 +159,9 @@ def _fused(file: AdapterFile, group: Sequence[Piece], found: list[tuple[Piece, M
     if _MAGNITUDE in found[0][1]:
         if len(found) < len(group):
             missing = sorted({piece.module for piece in group} - {piece.module for piece, _ in found})
-            raise CheckpointError(f"{file.folder}: DoRA on {found[0][0].module} without {', '.join(missing)}: they are one here")
+            raise CheckpointError(
+                f"{file.folder}: DoRA on {found[0][0].module} without {', '.join(missing)}: they are one here"
+            )
         lora.magnitude = nn.Parameter(torch.cat([parts[_MAGNITUDE].flatten() for _, parts in found]))
     return lora
 
@@ -209,7 +214,9 @@ def _stacked(
     down, up = parts[_A], parts[_B]
     rank = len(down) // num
     if rank == 0 or len(down) != rank * num or up.shape[1] != rank * num:
-        raise CheckpointError(f"{file.folder}: the adapter on {module} has {len(down)} ranks, no multiple of {num} experts")
+        raise CheckpointError(
+            f"{file.folder}: the adapter on {module} has {len(down)} ranks, no multiple of {num} experts"
+        )
     down_ERK, up_ENR = down.unflatten(0, (num, rank)), up.unflatten(1, (rank, num)).permute(2, 0, 1)
     if (down.shape[1], up.shape[0]) == (rows, columns) and rows != columns:
         # PEFT before 0.19 took the rows for inputs: its product is the transpose of this one.
@@ -235,6 +242,10 @@ def _check_config(stated: Mapping[str, Any], where: Path) -> None:
     for name, allowed in _PLAIN.items():
         if stated.get(name, allowed[-1]) not in allowed:
             raise CheckpointError(f"{where}: {name} is {str(stated.get(name))[:60]!r}, only {allowed[0]!r} can be read")
+    variants = [name for name, value in stated.items() if name.startswith("use_") and value is True]
+    unknown = sorted(set(variants) - {"use_rslora", "use_dora"})
+    if unknown:
+        raise CheckpointError(f"{where}: {', '.join(unknown)} is set: a kind of adapter that cannot be read")
     start = stated.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise CheckpointError(

@@ -116,7 +116,9 @@ def _config_json(adapter: Adapter, content: _Content, config: ModelConfig, base:
     kinds = {block.rslora for block in blocks.values()}
     dora = {lora.magnitude is not None for lora in adapter.values()}
     if len(kinds) > 1 or len(dora) > 1:
-        raise CheckpointError("parts of the adapter differ in rslora or dora: PEFT's configuration holds one of each for all")
+        raise CheckpointError(
+            "parts of the adapter differ in rslora or dora: PEFT's configuration holds one of each for all"
+        )
     rank = Counter(block.rank for block in blocks.values()).most_common(1)[0][0]
     alpha = Counter(block.alpha for block in blocks.values()).most_common(1)[0][0]
     modules, weights = _how_to_target(content, config)
