@@ -67,7 +67,7 @@ def convert_erniekit(path: str | Path) -> Converted:
 def _convert(stated: dict[str, Any], origin: str) -> Converted:
     fields = _DEFAULTS | {key: _number(value) for key, value in stated.items()}
     ours: dict[str, Any] = {}
-    report = []
+    report: list[str] = []
     for key, value in fields.items():
         said = key in stated
         if key in _READ_BELOW:
@@ -125,7 +125,7 @@ def _sources(ours: dict[str, Any], fields: Mapping[str, Any], report: list[str],
             raise ConfigError(
                 f"{origin}: {len(paths)} paths in {ending}_path, but {len(shares)} shares in {ending}_prob"
             )
-        sources = [{"path": path} for path in paths]
+        sources: list[dict[str, Any]] = [{"path": path} for path in paths]
         if len(shares) > 1:
             sources = [{"path": path, "weight": share} for path, share in zip(paths, shares, strict=True)]
         if sources:
@@ -139,19 +139,14 @@ def _sources(ours: dict[str, Any], fields: Mapping[str, Any], report: list[str],
 def _adapters(ours: dict[str, Any], fields: Mapping[str, Any]) -> None:
     if not (fields.get("lora") or str(fields["fine_tuning"]).lower() == "lora"):
         return
-    lora = ours.setdefault("lora", {})
     plus = bool(fields.get("rslora_plus"))
-    for key, name, preset in (
-        ("lora_rank", "rank", None),
-        ("lora_alpha", "alpha", 4 if plus else None),
-        ("rslora", "rslora", plus or None),
-    ):
-        value = fields.get(key, preset)
-        if value is not None:
-            lora[name] = value
-    scale = fields.get("lora_plus_scale", 4 if plus else None)
-    if scale is not None:
-        _put(ours, "optimizer.lora_plus_scale", float(scale))
+    stated = {
+        "rank": fields.get("lora_rank"),
+        "alpha": fields.get("lora_alpha", 4 if plus else None),
+        "rslora": fields.get("rslora", plus or None),
+        "lora_plus_scale": fields.get("lora_plus_scale", 4 if plus else None),
+    }
+    ours["lora"] = {name: value for name, value in stated.items() if value is not None}
 
 
 def _left_out(key: str, value: Any) -> str:

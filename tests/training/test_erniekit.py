@@ -74,7 +74,8 @@ def test_a_tuning_file(tmp_path: Path) -> None:
     assert [source.path for source in config.data.valid] == ["c.jsonl"]
     assert config.data.max_seq_len == 8192
     assert config.lora is not None
-    assert (config.lora.rank, config.lora.alpha, config.lora.rslora, config.lora.lora_plus_scale) == (32, 4, True, 4)
+    assert (config.lora.rank, config.lora.resolved_alpha, config.lora.rslora) == (32, 4, True)
+    assert config.lora.lora_plus_scale == 4
     assert (config.train.rows_per_pass, config.train.accumulation, config.train.steps, config.train.seed) == (
         2,
         8,

@@ -1,21 +1,22 @@
-"""What the machine can: an estimate that a plain measurement confirms."""
+"""What the machine can, from the best of some products."""
 
 from __future__ import annotations
 
+import itertools
 import time
 
+import pytest
 import torch
 
-from ernie45.training.speed import matmul_flops
+from ernie45.training import speed
 
 
-def test_no_product_is_much_faster_than_the_peak() -> None:
-    peak = matmul_flops(torch.float32)
-    a = torch.randn(512, 512)
-    seconds = []
-    for _ in range(20):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    assert 1e8 < peak < 1e15
-    assert 2 * 512**3 / min(seconds) < 3 * peak
+def test_the_fastest_product_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [0.0, 0.0, 0.25, 0.25, 0.35, 0.35, 9.0]  # an end, then the beginnings and ends of three products
+    clock = itertools.chain(seconds, itertools.repeat(10.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    assert speed.matmul_flops(torch.float32) == pytest.approx(2 * 1024**3 / 0.1)
+
+
+def test_it_is_what_products_reach_here() -> None:
+    assert 1e8 < speed.matmul_flops(torch.float32) < 1e15
