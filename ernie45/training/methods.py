@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -26,6 +29,9 @@ from ernie45.training.rewards import Rewards
 from ernie45.training.rollout import Generator
 from ernie45.training.upo import UpoObjective
 from ernie45.training.upo_rows import UpoRows
+
+_logger = logging.getLogger(__name__)
+_FIRST_LOSS_SLACK = 0.1
 
 AfterStep = Callable[[StepInfo], Mapping[str, Any] | None]
 
@@ -67,6 +73,8 @@ def _language(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer)
         return load.take()
 
     after_step: list[AfterStep] = [act]
+    if config.model.start is None:
+        after_step.append(partial(_check_first_loss, math.log(model.config.vocab_size)))
     weights = config.loss.router
     if weights.orthogonal and weights.orthogonal_mode == "decoupled":
         orthogonal = DecoupledOrthogonal(routers, weight=weights.orthogonal)
@@ -79,6 +87,18 @@ def _language(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer)
     )
     rows = data.rows_of(config.method)(config.data, tokenizer, num_mtp=num_mtp)
     return Method(objective=objective, rows=_ahead(config, rows), after_step=after_step)
+
+
+def _check_first_loss(expected: float, info: StepInfo) -> None:
+    """Random weights know nothing, so that the first loss is ln(V): anything else is a mistake in labels, masks or initialisation."""
+    loss = info.losses["loss"]
+    if info.step == 1 and abs(loss - expected) > _FIRST_LOSS_SLACK * expected:
+        _logger.warning(
+            "the first loss is %.3f, random weights should give ln(vocabulary) = %.3f: look at the rows with `ernie data preview`, and at "
+            "initializer_range",
+            loss,
+            expected,
+        )
 
 
 def _pairs(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer) -> Method:

@@ -119,6 +119,8 @@ def _model(config: RunConfig, library: Library, tokenizer: Tokenizer, progress: 
         model = library.load_model(start.start, start.dtype, stage)
     else:
         model = _random_model(config)
+    if model.config.vision is not None:
+        raise ConfigError("vision-language networks cannot be trained yet: choose a text model")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the network {model.config.vocab_size}: set network.vocab_size to at "

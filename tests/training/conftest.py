@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-WORDS = (
-    "the moon rises over a quiet river and light falls on old stones while someone reads a letter from far away".split()
-)
+TEXT = "the moon rises over a quiet river and light falls on old stones while someone reads a letter from far away"
+WORDS = TEXT.split()
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +78,8 @@ def _row(method: str, seed: int) -> dict[str, Any]:
         return {"text": answer}
     if method == "sft":
         return {"src": [question], "tgt": [answer]}
+    if method == "upo":
+        return {"prompt": question, "subset": "even" if seed % 2 == 0 else "odd"}
     if method == "kto":
         return {"prompt": question, "completion": answer, "label": seed % 2 == 0}
     return {"question": question, "chosen": answer, "rejected": other}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import signal
@@ -83,6 +84,16 @@ def test_a_run_learns_and_leaves_what_is_promised(
     assert main(["chat", str(newest / "model"), "--raw", "the moon", "--max-tokens", "4"]) == 0
 
 
+def test_a_first_loss_that_random_weights_do_not_have_is_told(
+    run_file: RunFile, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert train(run_file(train={"steps": 2}), "--run", tmp_path / "a") == 0
+    assert "the first loss" not in caplog.text
+    assert metrics(tmp_path / "a")[0]["loss"] == pytest.approx(math.log(320), rel=0.02)
+    assert train(run_file(train={"steps": 2}), "model.network.initializer_range=0.9", "--run", tmp_path / "b") == 0
+    assert "random weights should give ln(vocabulary) = 5.768" in caplog.text
+
+
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
 def test_every_method_runs_and_goes_on(run_file: RunFile, tmp_path: Path, method: str) -> None:
     path = run_file(method=method, train={"steps": 4, "rows_per_pass": 2}, checkpoint={"every": 2})
@@ -91,6 +102,25 @@ def test_every_method_runs_and_goes_on(run_file: RunFile, tmp_path: Path, method
     remove_newest(tmp_path / "parts")
     assert train(path, "--run", tmp_path / "parts") == 0
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("advantages", ["group", "gae"])
+def test_answers_are_sampled_judged_and_learnt_from(run_file: RunFile, tmp_path: Path, advantages: str) -> None:
+    path = run_file(
+        method="upo",
+        train={"steps": 4, "rows_per_pass": 2},
+        upo={"advantages": advantages, "preference_weight": 0.5, "kl_weight": 0.1},
+        rollout={"num_answers": 4, "max_tokens": 8, "num_minibatches": 2},
+        rewards=[{"function": "length", "options": {"maximum": 10, "margin": 20}}],
+        checkpoint={"every": 1, "keep": 4},
+    )
+    assert train(path, "--run", tmp_path / "whole") == 0
+    assert train(path, "--run", tmp_path / "parts") == 0
+    for _ in range(3):  # step 1 lies within a rollout
+        remove_newest(tmp_path / "parts")
+    assert train(path, "--run", tmp_path / "parts") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert all(0 <= line["rewards/score"] <= 1 for line in metrics(tmp_path / "whole"))
 
 
 def remove_newest(folder: Path) -> None:
@@ -172,7 +202,6 @@ def start(path: Path, folder: Path) -> subprocess.Popen[str]:
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
