@@ -44,7 +44,9 @@ class RouterTally:
 
     def take(self, reduce: Reduce | None) -> list[Tensor]:
         """Rows of all routers in order, zero where nothing was added, summed over processes; and begin anew."""
-        empty = [router.weight.new_zeros(len(router.weight) + self._width, dtype=torch.float64) for router in self.routers]
+        empty = [
+            router.weight.new_zeros(len(router.weight) + self._width, dtype=torch.float64) for router in self.routers
+        ]
         rows = [self._rows.get(place, row) for place, row in enumerate(empty)]
         self._rows = {}
         if reduce is None or not rows:

@@ -114,7 +114,7 @@ def test_routers_of_a_network(small_model: Callable[..., CausalLM]) -> None:
 
 def test_processes_move_as_one() -> None:
     """Two processes with half of the tokens each, one of which has none for the second router, end where one process does."""
-    batches = [[[[0, 1], [0, 2]], [[0, 1]]], [[[3, 1], [0, 3]], None]]
+    batches: list[list[list[list[int]] | None]] = [[[[0, 1], [0, 2]], [[0, 1]]], [[[3, 1], [0, 3]], None]]
 
     def run(members: list[int], others: Tensor | None) -> tuple[Tensor, list[list[float]]]:
         seen: list[Tensor] = []
@@ -127,7 +127,9 @@ def test_processes_move_as_one() -> None:
         balance = BiasBalance(routers, rate=0.5, reduce=reduce)
         for member in members:
             found = batches[member]
-            balance.observe([_record(router, ids) for router, ids in zip(routers, found, strict=True) if ids is not None])
+            balance.observe(
+                [_record(router, ids) for router, ids in zip(routers, found, strict=True) if ids is not None]
+            )
         balance.step()
         assert len(seen) == 1, "one call of the reduction per step, with the same shape everywhere"
         return seen[0], [_bias(router) for router in routers]

@@ -77,7 +77,9 @@ def test_gae_with_lambda_zero_is_one_step_ahead(answers: tuple, gamma: float) ->
     for length in lengths:
         v = [*values[start : start + length].tolist(), 0.0]
         for t in range(length):
-            assert advantages[start + t].item() == pytest.approx(rewards[start + t].item() + gamma * v[t + 1] - v[t], abs=1e-9)
+            assert advantages[start + t].item() == pytest.approx(
+                rewards[start + t].item() + gamma * v[t + 1] - v[t], abs=1e-9
+            )
         start += length
 
 
@@ -85,9 +87,7 @@ def test_gae_with_lambda_zero_is_one_step_ahead(answers: tuple, gamma: float) ->
 def test_gae_of_an_answer_does_not_depend_on_its_neighbours(answers: tuple) -> None:
     rewards, values, lengths = answers
     together, _ = gae(rewards, values, lengths)
-    alone = [
-        gae(r, v, [len(r)])[0] for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)
-    ]
+    alone = [gae(r, v, [len(r)])[0] for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)]
     assert torch.equal(together, torch.cat(alone))
 
 
@@ -96,7 +96,11 @@ def test_gae_has_no_gradient_and_refuses_what_makes_no_sense() -> None:
     advantages, returns = gae(torch.ones(2), values, [2])
     assert not advantages.requires_grad
     assert not returns.requires_grad
-    for fields, message in (({"gamma": 1.5}, "gamma is 1.5"), ({"lam": -0.1}, "lam is -0.1"), ({"lam": math.nan}, "lam is nan")):
+    for fields, message in (
+        ({"gamma": 1.5}, "gamma is 1.5"),
+        ({"lam": -0.1}, "lam is -0.1"),
+        ({"lam": math.nan}, "lam is nan"),
+    ):
         with pytest.raises(ConfigError, match=message):
             gae(torch.ones(2), values, [2], **fields)
     with pytest.raises(ShapeError, match="do not fit 2 packed values"):

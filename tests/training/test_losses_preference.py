@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -104,7 +105,9 @@ def test_the_offset_reads_scores() -> None:
     found = preference_losses(_scores(gap=gap), _config("sigmoid", offset_alpha=2.0))
     expected = torch.tensor([-_ls(0.3 - 2 * math.log(3)), -_ls(-0.25)], dtype=torch.float64)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(preference_losses(_scores(gap=gap), _config("sigmoid")), preference_losses(_scores(), _config("sigmoid")))
+    assert torch.equal(
+        preference_losses(_scores(gap=gap), _config("sigmoid")), preference_losses(_scores(), _config("sigmoid"))
+    )
     with pytest.raises(ConfigError, match="offset_alpha is 2.0, but the pairs have no scores"):
         preference_losses(_scores(), _config("sigmoid", offset_alpha=2.0))
     tie = preference_losses(_scores(gap=torch.zeros(2)), _config("sigmoid", offset_alpha=1.0))
@@ -127,30 +130,27 @@ def test_gradients_by_finite_differences(loss_type: str) -> None:
     reference = torch.tensor([-3.0, -5.0, -5.5], dtype=torch.float64)
 
     def whole(chosen: Tensor, rejected: Tensor) -> Tensor:
-        scores = PairScores(chosen=chosen, rejected=rejected, reference_chosen=reference, reference_rejected=reference + 0.3)
+        scores = PairScores(
+            chosen=chosen, rejected=rejected, reference_chosen=reference, reference_rejected=reference + 0.3
+        )
         return preference_losses(scores, config)
 
     assert torch.autograd.gradcheck(whole, (chosen, rejected))
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_a_better_margin_never_costs_more_where_the_loss_is_monotonous(loss_type: str) -> None:
-    if loss_type in ("ipo", "sppo_hard", "nca_pair"):
-        pytest.skip("has its lowest point at a finite margin")
-    steps = torch.linspace(-6, 6, 49, dtype=torch.float64)
-    low = torch.full_like(steps, -9.0)
-    losses = torch.stack(
-        [
-            preference_losses(
-                PairScores(chosen=(low + 2 + s).clamp(max=-1e-3)[:1], rejected=(low - s).clamp(max=-1e-3)[:1],
-                           reference_chosen=low[:1], reference_rejected=low[:1]),
-                _config(loss_type),
-            )[0]
-            for s in steps
-        ]
-    )  # fmt: skip
-    assert (losses.diff() <= 1e-12).all()
-    assert losses[0] > losses[-1]
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in ("ipo", "sppo_hard", "nca_pair")])
+def test_a_better_margin_never_costs_more(loss_type: str) -> None:
+    """The three that are left out have their lowest point at a finite margin."""
+    reference = torch.tensor([-9.0], dtype=torch.float64)
+
+    def loss(step: float) -> float:
+        chosen, rejected = (reference + 2 + step).clamp(max=-1e-3), (reference - step).clamp(max=-1e-3)
+        scores = PairScores(chosen=chosen, rejected=rejected, reference_chosen=reference, reference_rejected=reference)
+        return preference_losses(scores, _config(loss_type)).item()
+
+    losses = [loss(step / 4) for step in range(-24, 25)]
+    assert all(after <= before for before, after in pairwise(losses))
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -194,7 +194,9 @@ def test_an_option_that_a_loss_does_not_read_is_refused(loss_type: str, name: st
     if loss_type in readers:
         assert getattr(_config(loss_type, **{name: value}), name) == value
         return
-    with pytest.raises(ConfigError, match=f"{name} is {value}, but loss_type {loss_type} does not read it.*{readers[0]}"):
+    with pytest.raises(
+        ConfigError, match=f"{name} is {value}, but loss_type {loss_type} does not read it.*{readers[0]}"
+    ):
         _config(loss_type, **{name: value})
 
 
@@ -240,7 +242,8 @@ def test_the_sum_of_preference_and_likelihood_by_hand() -> None:
     total.backward()
     assert losses.grad is not None
     assert chosen.grad is not None
-    assert (losses.grad.tolist(), chosen.grad.item()) == ([0.125, 0.125], pytest.approx(-1 / 3))
+    assert losses.grad.tolist() == [0.125, 0.125]
+    assert chosen.grad.item() == pytest.approx(-1 / 3)
     assert not preference.requires_grad
     assert not likelihood.requires_grad
 
@@ -263,9 +266,7 @@ def test_a_part_of_weight_zero_is_not_there() -> None:
 @pytest.mark.parametrize("loss_type", [name for name in LOSSES if name != "kto_pair"])
 def test_shares_of_micro_batches_add_up(loss_type: str) -> None:
     scores, config = _scores(), _config(loss_type, sft_loss_ratio=1.0)
-    whole = combine(
-        preference_losses(scores, config), scores.chosen.sum(), config, num_pairs=2, num_chosen_tokens=5
-    )
+    whole = combine(preference_losses(scores, config), scores.chosen.sum(), config, num_pairs=2, num_chosen_tokens=5)
     parts = []
     for pair in range(2):
         fields = ("chosen", "rejected", "reference_chosen", "reference_rejected")
@@ -304,7 +305,9 @@ def test_log1mexp_is_exact_near_zero_and_far_from_it() -> None:
     assert at_zero.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("chosen", "rejected"), [(0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-1e-12, -200.0), (-200.0, -1e-9)])
+@pytest.mark.parametrize(
+    ("chosen", "rejected"), [(0.0, -1.0), (-1.0, 0.0), (0.0, 0.0), (-1e-12, -200.0), (-200.0, -1e-9)]
+)
 def test_orpo_stands_certain_answers(chosen: float, rejected: float) -> None:
     inputs = [torch.tensor([value], requires_grad=True) for value in (chosen, rejected)]
     loss = pairs.odds_ratio_loss(*inputs)

@@ -26,9 +26,7 @@ from ernie45.training.network import RouterRecord
 def _router(num_experts: int, num_active: int, *, hidden: int = 6, aux_free: bool = False) -> Router:
     router = Router(
         hidden,
-        MoeConfig(
-            moe_num_experts=num_experts, moe_k=num_active, moe_intermediate_size=4, moe_use_aux_free=aux_free
-        ),
+        MoeConfig(moe_num_experts=num_experts, moe_k=num_active, moe_intermediate_size=4, moe_use_aux_free=aux_free),
     )
     router.weight.data.normal_(generator=torch.Generator().manual_seed(num_experts))
     return router
@@ -81,11 +79,15 @@ def test_gradient_of_balance_passes_through_probabilities_alone() -> None:
     counts = torch.zeros(5)
     for token in probs.topk(2).indices:
         counts[token] += 1
-    (expected,) = torch.autograd.grad(5 * sum((probs[:, e].mean() * counts[e] / 7 for e in range(5)), torch.zeros(())), logits)
+    (expected,) = torch.autograd.grad(
+        5 * sum((probs[:, e].mean() * counts[e] / 7 for e in range(5)), torch.zeros(())), logits
+    )
     torch.testing.assert_close(found, expected)
     nudge = 1e-2 * torch.randn(7, 5, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        assert torch.equal((logits + nudge).topk(2).indices.sort().values, (logits - nudge).topk(2).indices.sort().values)
+        assert torch.equal(
+            (logits + nudge).topk(2).indices.sort().values, (logits - nudge).topk(2).indices.sort().values
+        )
         change = balance_loss(_record(logits + nudge, 2)) - balance_loss(_record(logits - nudge, 2))
     torch.testing.assert_close(change, 2 * (found * nudge).sum(), atol=1e-5, rtol=1e-2)
 

@@ -34,9 +34,7 @@ class KtoConfig:
             raise ConfigError("desirable_weight and undesirable_weight are both 0: nothing would be learnt")
 
 
-def kl_estimate(
-    policy_M: Tensor, reference_M: Tensor, *, reduce: Callable[[Tensor], Tensor] | None = None
-) -> Tensor:
+def kl_estimate(policy_M: Tensor, reference_M: Tensor, *, reduce: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """How far the policy has gone from the reference: the mean of their difference on mismatched answers, at least 0.
 
     A scalar without gradient. The bound holds on one process as on many: a negative distance would reward bad answers.
