@@ -252,7 +252,7 @@ def _tokenised(
             try:
                 yield tokenizer.encode(parse_text(source.read(idx)))
             except RequestError as error:
-                row = BadRow(source.origin(idx), str(error))
+                row = BadRow(origin=source.origin(idx), reason=str(error))
                 if options.strict:
                     raise RequestError(f"{row}; repair the row, or leave --strict out") from error
                 bad.append(row)

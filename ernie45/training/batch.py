@@ -42,7 +42,9 @@ class Document:
                 "expected int64 (n,) and as many marks"
             )
         if self.targets is not None and (self.targets.dtype != torch.int64 or self.targets.shape != self.ids.shape):
-            raise ShapeError(f"targets are {tuple(self.targets.shape)} of {self.targets.dtype}, expected int64 as many as ids")
+            raise ShapeError(
+                f"targets are {tuple(self.targets.shape)} of {self.targets.dtype}, expected int64 as many as ids"
+            )
         if not 1 <= self.num_unread < len(self.ids):
             raise ShapeError(f"a document of {len(self.ids)} tokens cannot leave {self.num_unread} of them unread")
 

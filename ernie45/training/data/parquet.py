@@ -26,7 +26,7 @@ class ParquetRows:
         """Read the footer. Raises: ConfigError without pyarrow, or if the file is no parquet."""
         try:
             import pyarrow
-            import pyarrow.parquet as parquet
+            from pyarrow import parquet
         except ImportError as error:
             raise ConfigError(
                 f"{path}: parquet files are read through pyarrow, which is not installed: `pip install pyarrow`, or"
