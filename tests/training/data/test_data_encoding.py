@@ -157,7 +157,7 @@ def test_golden(
 def test_the_prompt_is_the_one_of_serving(name: str, tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(name)
     for thoughts in ("last", "none") if tokenizer.thinking != "always" else ("last",):
-        encoded = ChatEncoder(tokenizer, thoughts).encode((SYSTEM, user("q  x"), answer("one two")))  # type: ignore[arg-type]
+        encoded = ChatEncoder(tokenizer, thoughts).encode((SYSTEM, user("q  x"), answer("one two")))
         thinking = None if tokenizer.thinking == "never" else thoughts == "last"
         prompt = tokenizer.encode(tokenizer.render([SYSTEM, user("q  x")], thinking=thinking))
         assert encoded.ids[: len(prompt)] == prompt

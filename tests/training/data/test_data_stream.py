@@ -320,7 +320,7 @@ def test_parts_of_a_split_share_the_rows_out(sft_path: str, write_rows: WriteRow
     settings = config(sft_path, split=(0.6, 0.3, 0.1))
     parts = [
         [document.origin for row in sft_rows(settings, ernie, part=part).once() for document in row]
-        for part in ("train", "valid", "test")  # type: ignore[arg-type]
+        for part in ("train", "valid", "test")
     ]
     assert sorted(origin for part in parts for origin in part) == sorted(f"{sft_path}:{line}" for line in range(1, 61))
     assert 20 < len(parts[0]) < 50
