@@ -225,7 +225,10 @@ def _data(parser: argparse.ArgumentParser) -> None:
         help="what the files are (auto: by their ending)",
     )
     parser.add_argument(
-        "--text", choices=("file", "paragraph"), default="file", help="what one document of plain text is (default: file)"
+        "--text",
+        choices=("file", "paragraph"),
+        default="file",
+        help="what one document of plain text is (default: file)",
     )
     parser.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of a packed row (default: 4096)")
     parser.add_argument(
@@ -239,7 +242,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, metavar="N", help="preview: samples to show (default: 1)")
     parser.add_argument("-o", "--output", metavar="DIR", help="tokenize: folder to write")
     parser.add_argument("--force", action="store_true", help="tokenize: replace DIR")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 if there are bad rows; tokenize writes nothing then")
+    parser.add_argument(
+        "--strict", action="store_true", help="exit code 1 if there are bad rows; tokenize writes nothing then"
+    )
     _json(parser)
 
 

@@ -71,9 +71,10 @@ def _sources(options: argparse.Namespace) -> tuple[SourceConfig, ...]:
 
 def _config(options: argparse.Namespace) -> DataConfig:
     names = ("max_seq_len", "long_rows", "thoughts", "chat_format", "buffer_rows")
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    packing = "none" if options.action == "preview" else "best_fit"
-    return DataConfig(train=_sources(options), packing=packing, **given)
+    given: dict[str, Any] = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.action == "preview":
+        given["packing"] = "none"
+    return DataConfig(train=_sources(options), **given)
 
 
 def _exit_code(options: argparse.Namespace, num_bad: int) -> int:
@@ -252,7 +253,7 @@ def _tokenised(
             try:
                 yield tokenizer.encode(parse_text(source.read(idx)))
             except RequestError as error:
-                row = BadRow(source.origin(idx), str(error))
+                row = BadRow(origin=source.origin(idx), reason=str(error))
                 if options.strict:
                     raise RequestError(f"{row}; repair the row, or leave --strict out") from error
                 bad.append(row)

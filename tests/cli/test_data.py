@@ -53,7 +53,9 @@ def test_check_counts_and_names_bad_rows(ernie: Ernie, rows: Callable[..., str])
 
 
 def test_check_as_json(ernie: Ernie, rows: Callable[..., str]) -> None:
-    result = ernie("data", "check", rows(GOOD, "{", LONG), *MODEL, "--max-seq-len", "64", "--long-rows", "right", "--json")
+    result = ernie(
+        "data", "check", rows(GOOD, "{", LONG), *MODEL, "--max-seq-len", "64", "--long-rows", "right", "--json"
+    )
     told = json.loads(result.out)
     assert (told["num_rows"], told["num_bad"], told["shortened"], told["num_used"]) == (3, 1, 1, 2)
     assert told["bad"][0]["origin"] == "rows.jsonl:2"
@@ -61,9 +63,7 @@ def test_check_as_json(ernie: Ernie, rows: Callable[..., str]) -> None:
     assert 0 < told["efficiency"] <= 1
 
 
-def test_preview_marks_what_is_learnt(
-    ernie: Ernie, rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preview_marks_what_is_learnt(ernie: Ernie, rows: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     file = rows(GOOD, {"src": ["q\x1b[2J"], "tgt": ["a"]}, "{")
     result = ernie("data", "preview", file, *MODEL)
     assert result.out == (
@@ -169,7 +169,10 @@ def test_tokenize_writes_what_can_be_packed(ernie: Ernie, rows: Callable[..., st
     ("argv", "reason"),
     [
         (("check", "x.jsonl", "-o", "y"), "--output does not go with `ernie data check`"),
-        (("tokenize", "x.jsonl", "-o", "y", "--max-seq-len", "9"), "--max-seq-len does not go with `ernie data tokenize`"),
+        (
+            ("tokenize", "x.jsonl", "-o", "y", "--max-seq-len", "9"),
+            "--max-seq-len does not go with `ernie data tokenize`",
+        ),
         (("pack", "x.jsonl", "--count", "2"), "--count does not go with `ernie data pack`"),
         (("preview", "x.jsonl", "--buffer-rows", "2"), "--buffer-rows does not go with `ernie data preview`"),
         (("preview", "x.jsonl", "--count", "0"), "--count is 0, expected 1 or more"),

@@ -45,9 +45,7 @@ def fit_conversation(encoder: ChatEncoder, row: Conversation, config: DataConfig
 
     def encode(dropped: int) -> Encoded:
         kept = kept_messages(row.messages, dropped)
-        return encoder.encode(
-            tuple(row.messages[idx] for idx in kept), row.tools, [row.learnt[idx] for idx in kept]
-        )
+        return encoder.encode(tuple(row.messages[idx] for idx in kept), row.tools, [row.learnt[idx] for idx in kept])
 
     encoded = encode(0)
     full, unread = len(encoded.ids), 1

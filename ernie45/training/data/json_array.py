@@ -97,4 +97,6 @@ def _expect(text: str, at: int, char: str, path: Path) -> None:
 def _expect_end(text: str, at: int, path: Path) -> None:
     at = _skip(text, at)
     if at < len(text):
-        raise ConfigError(f"{path}:{text.count(chr(10), 0, at) + 1}: {text[at]!r} stands behind the end of the JSON array")
+        raise ConfigError(
+            f"{path}:{text.count(chr(10), 0, at) + 1}: {text[at]!r} stands behind the end of the JSON array"
+        )

@@ -42,7 +42,7 @@ class TextIds:
 def pretrain_rows(
     config: DataConfig, tokenizer: Tokenizer, *, num_mtp: int = 0, rank: int = 0, world: int = 1, part: Part = "train"
 ) -> PackedRows[TextIds, Document]:
-    """Text, every token learnt; rows are filled to their ends, longer texts are cut into pieces.
+    """Text, every token learnt; texts longer than a row are cut into pieces.
 
     Args: num_mtp: MTP blocks, which look this many tokens further: pieces overlap by as much. rank, world: rows i with
         i % world == rank are this process's. Raises: ConfigError, NotFoundError, CheckpointError.
@@ -132,7 +132,12 @@ def _document(piece: Piece[TextIds], num_mtp: int) -> Document:
 
 
 def _stream(
-    config: DataConfig, tokenizer: Tokenizer, method: Method[Any, Any], kind: tuple[object, ...], part: Part, *place: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    method: Method[Any, Any],
+    kind: tuple[object, ...],
+    part: Part,
+    *place: int,
 ) -> PackedRows[Any, Any]:
     configs = config.sources(part)
     sources = [_opened(source, tokenizer, cuts=method.cuts) for source in configs]

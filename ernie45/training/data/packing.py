@@ -1,10 +1,10 @@
 """Fit documents into rows: best fit among the documents that wait.
 
 A row begins with the document that has waited longest, so that none is left behind, and is filled with the longest that
-still fits, again and again. Text to pre-train on may be cut, and then rows are filled to their ends: what no waiting document
-fits is filled with the head of the longest one. Against joining everything and cutting at every row's end, as is common,
-nearly all documents shorter than a row stay whole, at the same number of rows (Ding et al., "Fewer truncations improve
-language modeling", 2024).
+still fits, again and again. Text to pre-train on may be cut. Only what is longer than a row is: its head fills what no waiting
+document fits, unless that is so little that the piece would be learnt without any context. Against joining everything and
+cutting at every row's end, as is common, documents shorter than a row stay whole (Ding et al., "Fewer truncations improve
+language modeling", 2024), and since rows are not padded, a place that stays free costs nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Generic, TypeVar
 from ernie45.training.data.order import Sample
 
 Item = TypeVar("Item")
+
+_MIN_HEAD = 1 / 16
+"""Share of a row below which the end of a row stays free."""
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,24 @@ class Packer(Generic[Item]):
 
     def row(self) -> list[Piece[Item]]:
         """The next row; something must be waiting."""
-        age = next(iter(self._by_age))
+        age: int | None = next(iter(self._by_age))
         out: list[Piece[Item]] = []
         room = self._room
-        while True:
+        while age is not None:
             piece = self._take(age, room)
             out.append(piece)
             room -= piece.size
-            if not (room and self._shares and self._by_age):
-                return out
-            idx = bisect_right(self._by_size, (room, 1)) - 1
-            if idx < 0 and not self._cuts:
-                return out
-            age = -self._by_size[idx][1]  # -1, where none fits, is the longest
+            age = self._next(room) if self._shares else None
+        return out
+
+    def _next(self, room: int) -> int | None:
+        """What goes on with a row that has so much room left."""
+        idx = bisect_right(self._by_size, (room, 1)) - 1
+        if idx < 0:
+            needs_cut = self._by_size and self._by_size[-1][0] > self._room
+            if not needs_cut or room < self._room * _MIN_HEAD:
+                return None
+        return -self._by_size[idx][1]  # -1, where none fits, is the longest
 
     def _take(self, age: int, room: int) -> Piece[Item]:
         piece = self._by_age.pop(age)

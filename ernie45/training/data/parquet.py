@@ -6,6 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping
+from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -25,8 +26,8 @@ class ParquetRows:
     def __init__(self, path: Path) -> None:
         """Read the footer. Raises: ConfigError without pyarrow, or if the file is no parquet."""
         try:
-            import pyarrow
-            import pyarrow.parquet as parquet
+            # By name, since the library ships no annotations and need not be there when types are checked.
+            pyarrow, parquet = (import_module(name) for name in ("pyarrow", "pyarrow.parquet"))
         except ImportError as error:
             raise ConfigError(
                 f"{path}: parquet files are read through pyarrow, which is not installed: `pip install pyarrow`, or"

@@ -36,7 +36,9 @@ def parse_preference(record: Record, origin: str = "") -> PreferenceRow:
     prompt, chosen, rejected = _read_sides(record)
     scores = _score(record, "score_chosen", 1.0), _score(record, "score_rejected", 0.0)
     if scores[0] <= scores[1] and ("score_chosen" in record or "score_rejected" in record):
-        raise RequestError(f"score_chosen is {scores[0]} and score_rejected {scores[1]}: the chosen one's must be larger")
+        raise RequestError(
+            f"score_chosen is {scores[0]} and score_rejected {scores[1]}: the chosen one's must be larger"
+        )
     return _checked(record, origin, prompt, (chosen, rejected), scores)
 
 
@@ -64,7 +66,9 @@ def _read_erniekit(record: Record, origin: str) -> PreferenceRow:
     questions = read_texts(record, "src")
     answers = read_texts(record, "tgt") if record.get("tgt") is not None else []
     if len(questions) != len(answers) + 1:
-        raise RequestError(f"src has {len(questions)} turns and tgt {len(answers)}: expected one question more than answers")
+        raise RequestError(
+            f"src has {len(questions)} turns and tgt {len(answers)}: expected one question more than answers"
+        )
     system, _ = take_legacy_system(record, questions, answers)
     if not questions:
         raise RequestError("src has no question")
@@ -104,6 +108,8 @@ def _read_sides(record: Record) -> tuple[Messages, Messages, Messages]:
         prompt = ()
     if all(side and side[0].get("role") != "assistant" for side in sides):  # whole dialogues
         same = _num_same(*sides)
+        if not same:
+            raise RequestError("chosen and rejected are whole dialogues, and have no beginning in common")
         prompt, sides = sides[0][:same], [side[same:] for side in sides]
     return (*read_system(record), *prompt), sides[0], sides[1]
 

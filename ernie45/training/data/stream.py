@@ -170,7 +170,7 @@ class PackedRows(Generic[Raw, Item]):
         except TooLongError:
             raise
         except RequestError as error:
-            self._refuse(BadRow(self._sources[sample.source].origin(row), str(error)), sample, error)
+            self._refuse(BadRow(origin=self._sources[sample.source].origin(row), reason=str(error)), sample, error)
             return False
         report.num_used += 1
         report.num_tokens += fitted.size

@@ -132,8 +132,10 @@ def _paragraphs(lines: Iterator[bytes]) -> Iterator[Span]:
 def _json_object(text: str) -> Mapping[str, Any]:
     try:
         row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"no JSON: {error}") from error
+    except json.JSONDecodeError as error:
+        raise RequestError(f"no JSON: {error.msg} at character {error.pos + 1}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets nested too deeply
+        raise RequestError(f"no JSON that can be read: {error}") from error
     if not isinstance(row, dict):
         raise RequestError(f"the row is a JSON {type(row).__name__}, expected an object")
     return row

@@ -27,7 +27,7 @@ from ernie45.training.data.sources import digest_of
 INDEX, TOKENS, OFFSETS = "index.json", "tokens.bin", "offsets.bin"
 FORMAT, VERSION = "ernie45 tokens", 1
 _NUMBERS = ("num_documents", "num_tokens", "vocab_size")
-_DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 class TokenFiles:

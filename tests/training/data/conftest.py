@@ -73,7 +73,9 @@ def marked() -> Callable[[Tokenizer, Encoded], str]:
     def show(tokenizer: Tokenizer, encoded: Encoded) -> str:
         out, was = "", False
         for token_id, learnt in zip(encoded.ids, encoded.learnt, strict=True):
-            out += ("[[" if learnt else "]]") * (learnt != was) + tokenizer.decode([token_id], skip_special_tokens=False)
+            out += ("[[" if learnt else "]]") * (learnt != was) + tokenizer.decode(
+                [token_id], skip_special_tokens=False
+            )
             was = learnt
         return out + "]]" * was
 

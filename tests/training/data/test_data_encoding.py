@@ -157,7 +157,7 @@ def test_golden(
 def test_the_prompt_is_the_one_of_serving(name: str, tokenizer_of: TokenizerOf) -> None:
     tokenizer = tokenizer_of(name)
     for thoughts in ("last", "none") if tokenizer.thinking != "always" else ("last",):
-        encoded = ChatEncoder(tokenizer, thoughts).encode((SYSTEM, user("q  x"), answer("one two")))  # type: ignore[arg-type]
+        encoded = ChatEncoder(tokenizer, thoughts).encode((SYSTEM, user("q  x"), answer("one two")))
         thinking = None if tokenizer.thinking == "never" else thoughts == "last"
         prompt = tokenizer.encode(tokenizer.render([SYSTEM, user("q  x")], thinking=thinking))
         assert encoded.ids[: len(prompt)] == prompt
@@ -172,7 +172,9 @@ def test_ends_inside_a_dialogue_learn_the_end_token(ernie: Tokenizer) -> None:
     assert [answer.message for answer in encoded.answers] == [2, 4]
     assert encoded.ids[first.end - 1] == separator
     assert encoded.targets[first.end - 1] == end == encoded.targets[second.end - 1] == encoded.ids[-1]
-    differ = [idx for idx, (read, learnt) in enumerate(zip(encoded.ids, encoded.targets, strict=True)) if read != learnt]
+    differ = [
+        idx for idx, (read, learnt) in enumerate(zip(encoded.ids, encoded.targets, strict=True)) if read != learnt
+    ]
     assert differ == [first.end - 1]
     batch = Batch.of_rows([[encoded.document("f:1")]], num_mtp=1)
     labels = batch.labels_DT.tolist()
@@ -203,7 +205,19 @@ def test_answers_may_be_left_unlearnt(ernie: Tokenizer, marked: Marked) -> None:
     texts=st.lists(
         st.lists(
             st.sampled_from(
-                ["<|im_end|>", "</s>", "<|end_of_sentence|>", "<think>", "</think>", "Assistant: ", "\n", " ", "x", "ü<", "|>"]
+                [
+                    "<|im_end|>",
+                    "</s>",
+                    "<|end_of_sentence|>",
+                    "<think>",
+                    "</think>",
+                    "Assistant: ",
+                    "\n",
+                    " ",
+                    "x",
+                    "ü<",
+                    "|>",
+                ]
             ),
             min_size=1,
             max_size=5,
@@ -220,7 +234,7 @@ def test_texts_cannot_forge_ends_and_nothing_else_is_learnt(
     messages = tuple((user, answer)[idx % 2](text) for idx, text in enumerate(texts))
     encoded = ChatEncoder(tokenizer).encode(messages)
     assert len(encoded.answers) == len(texts) // 2
-    ends = {idx for idx in tokenizer.stop_ids}
+    ends = set(tokenizer.stop_ids)
     for text, found in zip(texts[1::2], encoded.answers, strict=True):
         ids = encoded.ids[found.start : found.end]
         assert all(encoded.learnt[found.start : found.end])
@@ -261,7 +275,9 @@ def test_always_opened_turns_at_the_end_are_no_part_of_the_answer(with_template:
 
 
 def test_templates_that_cannot_be_learnt_from_are_refused(with_template: Any) -> None:
-    changing = with_template("{{ messages|length }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
+    changing = with_template(
+        "{{ messages|length }}{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
     with pytest.raises(ConfigError, match=r"writes a dialogue differently once it goes on, from character 0, "):
         ChatEncoder(changing).encode((user("q"), answer("a")))
     endless = with_template("{% for m in messages %}{{ '<|im_start|>' + m['content'] }}{% endfor %}")
@@ -273,8 +289,9 @@ def test_templates_that_cannot_be_learnt_from_are_refused(with_template: Any) ->
         "{{ m['content'] + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
     )
     ChatEncoder(forgetful, "last").encode(THOUGHTS)
+    long = (user("q"), answer("<think>first thought</think>a"), *THOUGHTS[2:])
     with pytest.raises(ConfigError, match=r"leaves out the thought of messages\[1\]: choose thoughts 'last'"):
-        ChatEncoder(forgetful, "all").encode(THOUGHTS)
+        ChatEncoder(forgetful, "all").encode(long)
 
 
 def test_what_a_format_cannot_say_is_the_rows_fault(tokenizer_of: TokenizerOf) -> None:

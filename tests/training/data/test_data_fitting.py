@@ -65,7 +65,9 @@ def test_dropped_or_an_error(encoder: ChatEncoder, size: int) -> None:
 def test_left_drops_as_few_of_the_oldest_exchanges_as_needed(encoder: ChatEncoder, dropped: int) -> None:
     kept = (MESSAGES[0], *MESSAGES[1 + 2 * dropped :])
     expected = encoder.encode(kept)
-    room = len(encoder.encode((MESSAGES[0], *MESSAGES[2 * dropped - 1 :])).ids) - 2  # one exchange more just does not fit
+    room = (
+        len(encoder.encode((MESSAGES[0], *MESSAGES[2 * dropped - 1 :])).ids) - 2
+    )  # one exchange more just does not fit
     fitted = fit_conversation(encoder, conversation(), config(room, "left"), 0)
     assert fitted.item.ids.tolist() == expected.ids
     assert fitted.item.learnt.tolist() == expected.learnt
@@ -103,7 +105,18 @@ def test_nothing_learnt(encoder: ChatEncoder) -> None:
 
 
 def test_exchanges_begin_with_the_user() -> None:
-    roles = ("system", "developer", "assistant", "user", "system", "assistant", "tool", "assistant", "user", "assistant")
+    roles = (
+        "system",
+        "developer",
+        "assistant",
+        "user",
+        "system",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+        "assistant",
+    )
     messages = tuple({"role": role, "content": role} for role in roles)
     assert kept_messages(messages, 0) == list(range(10))
     assert kept_messages(messages, 1) == [0, 1, 3, 4, 5, 6, 7, 8, 9]

@@ -60,7 +60,9 @@ def test_dialogues_of_several_turns_are_compared(tokenizer_of: Callable[[str], T
     assert text(chatml, made.chosen, made.chosen_learnt) == "c<|im_end|>e<|im_end|>"
     ernie = tokenizer_of("ernie")
     made = pair(ernie, row, mask_out_eos=False)
-    assert text(ernie, made.chosen, made.chosen_learnt) == "ce</s>", "the mark between turns is not what the model writes"
+    assert text(ernie, made.chosen, made.chosen_learnt) == "ce</s>", (
+        "the mark between turns is not what the model writes"
+    )
 
 
 def test_a_thought_that_only_one_side_has_is_no_part_of_the_prompt(tokenizer_of: Callable[[str], Tokenizer]) -> None:

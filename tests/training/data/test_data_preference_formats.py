@@ -124,13 +124,17 @@ ERNIE = {"src": ["q"], "response": [["c"], ["d"]], "sort": [1, 0]}
         ({"question": "q", "chosen": "", "rejected": "b"}, r"chosen\[0\] is an empty answer"),
         ({"question": "q", "chosen": "b", "rejected": "b"}, "chosen and rejected are equal"),
         ({"question": "q", "chosen": 5, "rejected": "b"}, "chosen must be text or a list of messages"),
-        ({"prompt": turns("q"), "chosen": turns("q"), "rejected": turns("r")}, "chosen begins with a user's turn"),
+        ({"prompt": turns("q"), "chosen": turns("q"), "rejected": turns("r")}, "have no beginning in common"),
         ({**PAIR}, "there is no prompt"),
         ({"prompt": "q", **PAIR, "score_chosen": 1, "score_rejected": 2}, "the chosen one's must be larger"),
         ({"prompt": "q", **PAIR, "score_chosen": "1"}, "score_chosen is '1', expected a number"),
         (
             {"prompt": "q", "chosen": [answer("c"), *turns("u")], "rejected": "d"},
             "chosen ends with a user's turn",
+        ),
+        (
+            {"prompt": "q", "chosen": turns("r"), "rejected": "d"},
+            "chosen begins with a user's turn",
         ),
     ],
 )

@@ -71,7 +71,7 @@ def test_text() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "expected the keys messages, or src+tgt, or instruction+output, found none"),
+        ({}, r"expected the keys messages, or src\+tgt, or instruction\+output, found none"),
         ({"txt": "a"}, "found 'txt'"),
         ({"src": "q"}, "found 'src'"),
         ({"src": "q", "tgt": "a", "messages": turns("q", "a")}, "two forms, messages and erniekit"),
@@ -102,12 +102,20 @@ def test_text() -> None:
         ({"messages": [*turns("q", "<think>only</think>\n")]}, r"messages\[1\] is an empty answer"),
         ({"messages": [{"role": "bot", "content": "x"}]}, r"messages\[0\].role is 'bot'"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\].content is missing"),
-        ({"messages": [{"role": "user", "content": "q", "weight": 1}]}, r"messages\[0\] has the unknown field 'weight'"),
+        (
+            {"messages": [{"role": "user", "content": "q", "weight": 1}]},
+            r"messages\[0\] has the unknown field 'weight'",
+        ),
         ({"messages": turns("q", "a"), "label": [1, 1]}, "label has 2 entries for 1 answers"),
         ({"messages": turns("q", "a"), "tools": "weather"}, "tools must be a list"),
         ({"messages": turns("q", "a"), "tools": [{"description": "d"}]}, r"tools\[0\].function needs a name"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, *turns("q", "a")[1:]]},
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "image_url", "image_url": "x"}]},
+                    *turns("q", "a")[1:],
+                ]
+            },
             r"messages\[0\] has a image: only text",
         ),
         (
@@ -128,7 +136,11 @@ def test_what_is_wrong_is_said(row: dict[str, Any], reason: str) -> None:
 
 @pytest.mark.parametrize(
     ("row", "reason"),
-    [({"txt": "a"}, "expected a key 'text' with text, found 'txt'"), ({"text": 1}, "found 'text'"), ({"text": " "}, "empty")],
+    [
+        ({"txt": "a"}, "expected a key 'text' with text, found 'txt'"),
+        ({"text": 1}, "found 'text'"),
+        ({"text": " "}, "empty"),
+    ],
 )
 def test_text_that_is_none(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(RequestError, match=reason):

@@ -40,10 +40,10 @@ def test_json_lines_are_numbered_with_the_blank_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"{", "no JSON: Expecting property name"),
+        (b"{", "no JSON: Expecting property name .* at character 3"),
         (b'["a"]', "the row is a JSON list, expected an object"),
         (b'{"text": "\xff"}', "no UTF-8: byte 0xff at byte 10 of the row"),
-        (b"[" * 100_000, "no JSON"),
+        (b"[" * 100_000, "no JSON that can be read"),
     ],
 )
 def test_a_line_that_is_no_row(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -148,7 +148,7 @@ def test_subsets_share_rows_out_by_content(tmp_path: Path) -> None:
         source = opened(tmp_path / name)
         parts = [Subset(source, share) for share in ((0.0, 0.7), (0.7, 0.9), (0.9, 1.0))]
         texts = [[part.read(idx)["text"] for idx in range(len(part))] for part in parts]
-        assert sorted(sum(texts, [])) == sorted(row["text"] for row in rows)
+        assert sorted(text for part in texts for text in part) == sorted(row["text"] for row in rows)
         assert not set(texts[0]) & set(texts[1]), "equal rows stay together"
         assert abs(len(texts[0]) - 700) < 50
         assert abs(len(texts[1]) - 200) < 50
