@@ -113,7 +113,7 @@ def test_we_load_theirs(pair: Pair, tmp_path: Path, fields: dict[str, Any], sett
     load_adapter(ours, tmp_path / "adapter")
     expected = their_logits(wrapped)
     torch.testing.assert_close(ours(IDS), expected, rtol=1e-4, atol=1e-5)
-    assert float((expected - before).abs().max()) > 0.05
+    assert float((expected - before).abs().max()) > 0.02
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -136,7 +136,7 @@ def test_both_learn_the_same(pair: Pair, tmp_path: Path, dora: bool) -> None:
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
         q = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.default.weight"
         parameters = lora_parameters(ours)

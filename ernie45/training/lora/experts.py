@@ -5,6 +5,7 @@ Shape letters: T tokens, H hidden, I expert width, K inputs, N outputs, E expert
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -25,7 +26,7 @@ class StackedExperts(Protocol):
     """(E, H, I)."""
 
 
-class AdaptedExperts(nn.Module):
+class AdaptedExperts(nn.Module, ABC):
     """The weighted sum of the chosen experts, each with its share of the adapters; the frozen matrices are a subclass's.
 
     Tokens are taken by expert and sums run in float32 in the order of expert ids, as in `layers.moe.Experts`: while B is
@@ -47,21 +48,21 @@ class AdaptedExperts(nn.Module):
                 continue
             here = slice(start, start + count)
             y_TH = self._expert(x_TH[rows[here]], expert)
-            out = out.index_add(0, rows[here], y_TH.float() * weights[here, None].to(x_TH.dtype).float())
+            out.index_add_(0, rows[here], y_TH.float() * weights[here, None].to(x_TH.dtype).float())
             start += count
         return add_residual(out.to(x_TH.dtype), residual_TH)
 
+    @abstractmethod
     def up_gate_product(self, x_TH: Tensor, expert: int) -> Tensor:
         """What an expert's frozen first matrix gives: gate, then up, (T, 2 I)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def down_product(self, inner_TI: Tensor, expert: int) -> Tensor:
         """What an expert's frozen second matrix gives, (T, H)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merged(self) -> nn.Module:
         """The plain experts with the adapters inside their weights."""
-        raise NotImplementedError
 
     def _expert(self, x_TH: Tensor, expert: int) -> Tensor:
         both = self._add(self.up_gate_lora, x_TH, self.up_gate_product(x_TH, expert), expert)
