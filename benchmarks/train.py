@@ -1,0 +1,220 @@
+"""Speed and memory of training, beside transformers on the same weights, tokens and optimizer in the same run.
+
+    python benchmarks/train.py                          # all cases; nothing else may run meanwhile
+    python benchmarks/train.py --only 512 --repeats 1 --recompute norm
+    python benchmarks/train.py --json FILE
+
+README.md says what is measured, and how. Exit codes are those of `ernie`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Run as a script, Python looks for modules beside this file only.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from ernie45.errors import Ernie45Error, UsageError
+
+OURS, PEER = "ernie45", "transformers"
+_WORKER = "benchmarks.train_worker"
+_PEER_EXPERTS = ("grouped_mm", "eager")
+"""What transformers offers on a CPU; the faster counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A batch of packed documents of one length."""
+
+    seq_len: int
+    num_rows: int
+
+    @property
+    def name(self) -> str:
+        """As the table shows it."""
+        return f"{self.num_rows} x {self.seq_len}"
+
+    @property
+    def num_tokens(self) -> int:
+        """Of a step."""
+        return self.seq_len * self.num_rows
+
+
+CASES = (Case(seq_len=512, num_rows=4), Case(seq_len=2048, num_rows=1))
+_TINY = (Case(seq_len=16, num_rows=2),)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; errors become one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = _parser().parse_args(arguments)
+        report = run(options, shlex.join(["python", "benchmarks/train.py", *arguments]))
+    except Ernie45Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(to_markdown(report))
+    if options.json is not None:
+        common.write_json(options.json, report)
+    return 0
+
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure everything that was asked for."""
+    cases = [case for case in (_TINY if options.quick else CASES) if all(word in case.name for word in options.only)]
+    if not cases:
+        raise UsageError(
+            f"no case holds {', '.join(options.only)} in its name; they are {', '.join(c.name for c in CASES)}"
+        )
+    began = {"date": common.now(), "commit": common.commit()}  # before somebody edits or commits
+    peak_size = {"size": 64 if options.quick else 2048}
+    peaks = [common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, **peak_size)]
+    runs: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = common.run_fresh(f"{_WORKER}:prepare", threads=options.threads, folder=folder, tiny=options.quick)
+        for case in cases:
+            runs += _measure(case, folder, options)
+    peaks.append(common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, **peak_size))
+    noises = [each["other_cores"] for each in runs] + [each.other_cores for each in peaks]
+    return {
+        "benchmark": "train",
+        **began,
+        "command": command,
+        "versions": common.software_versions(("torch", PEER)),
+        "native_extension": common.native_extension(),
+        "machine": common.machine_facts(),
+        "bandwidth": {"torch_cpu_capability": peaks[0].result["torch_cpu_capability"]},
+        "settings": {name: getattr(options, name) for name in ("threads", "repeats", "steps", "recompute", "quick")},
+        "network": fresh.result,
+        "peak_flops": max(each.result["flops"] for each in peaks),
+        "peak_flops_before_and_after": [each.result["flops"] for each in peaks],
+        "other_cores_max": None if None in noises else max(noises),
+        "runs": runs,
+        "rows": [row for case in cases for row in rows_of(case, runs)],
+    }
+
+
+def rows_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Both packages' lines of a case: medians over all steps of all repeats, the peer with its faster experts."""
+    speeds = {}
+    for package, experts in ((OURS, ""), *((PEER, experts) for experts in _PEER_EXPERTS)):
+        found = [r for r in runs if (r["case"], r["package"], r["experts"]) == (case.name, package, experts)]
+        speeds[package, experts] = {
+            "case": case.name,
+            "package": package,
+            "experts": experts,
+            "tokens_per_s": common.spread([case.num_tokens / s for r in found for s in r["seconds"]]),
+            "peak_bytes": common.spread([float(r["peak_bytes"]) for r in found]),
+            "first_loss": found[0]["losses"][0],
+            "flops_per_token": found[0]["flops_per_token"],
+        }
+    peer = max((row for (package, _), row in speeds.items() if package == PEER), key=lambda r: r["tokens_per_s"].median)
+    rows = [speeds[OURS, ""], peer]
+    return [{**row, **{key: vars(row[key]) for key in ("tokens_per_s", "peak_bytes")}} for row in rows]
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The whole report as text."""
+    header = [
+        "case",
+        "package",
+        "tokens/s",
+        "MFU",
+        "peak memory, MB",
+        "times the peer's tokens/s",
+        "times the peer's memory",
+    ]
+    rows = report["rows"]
+    lines = []
+    for row in rows:
+        peer = next(other for other in rows if other["case"] == row["case"] and other["package"] == PEER)
+        speed, memory = (common.spread(row[key]["values"]) for key in ("tokens_per_s", "peak_bytes"))
+        megabytes = common.spread([value / 1e6 for value in memory.values])
+        lines.append(
+            [
+                row["case"],
+                row["package"] + (f" ({row['experts']} experts)" if row["experts"] else ""),
+                common.spread_text(speed),
+                f"{speed.median * row['flops_per_token'] / report['peak_flops']:.1%}",
+                common.spread_text(megabytes),
+                f"{speed.median / peer['tokens_per_s']['median']:.2f}",
+                f"{memory.median / peer['peak_bytes']['median']:.2f}",
+            ]
+        )
+    table = common.markdown_table(header, lines, num_words=2)
+    return "\n".join(["## Training", "", table, "", *(f"- {line}" for line in _facts(report))])
+
+
+def _measure(case: Case, folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All repeats of one case, the packages in turns; who begins changes, so that a drift of the machine hits all."""
+    runs = []
+    contenders = [(OURS, ""), *((PEER, experts) for experts in _PEER_EXPERTS)]
+    for repeat in range(options.repeats):
+        for package, experts in contenders if repeat % 2 == 0 else reversed(contenders):
+            print(f"{case.name}: {package} {experts}, repeat {repeat + 1} of {options.repeats}", file=sys.stderr)
+            fresh = common.run_fresh(
+                f"{_WORKER}:measure",
+                threads=options.threads,
+                package=package,
+                experts=experts,
+                folder=folder,
+                seq_len=case.seq_len,
+                num_rows=case.num_rows,
+                steps=options.steps,
+                recompute=options.recompute if package == OURS else "",
+            )
+            named = {"case": case.name, "package": package, "experts": experts, "repeat": repeat}
+            runs.append({**named, "other_cores": fresh.other_cores, **fresh.result})
+    return runs
+
+
+def _facts(report: Mapping[str, Any]) -> list[str]:
+    settings, network = report["settings"], report["network"]
+    losses = {
+        case: [row["first_loss"] for row in report["rows"] if row["case"] == case]
+        for case in dict.fromkeys(row["case"] for row in report["rows"])
+    }
+    facts = [
+        f"network: {network['total'] / 1e6:.1f} M parameters, {network['active'] / 1e6:.1f} M active (head included, embedding"
+        f" table not), random weights, routers too; float32; {network['text']}",
+        "a step: forward, backward, AdamW (fused, torch) over rows of full length; median (lowest-highest) of"
+        f" {settings['steps']} steps in each of {settings['repeats']} fresh processes per package, in turns, after one that"
+        f" does not count; {settings['threads']} threads",
+        "MFU: tokens/s x FLOPs per token / peak; FLOPs per token = 6 x active parameters + 6 x layers x heads x head size x"
+        " (length + 1), what is computed again not counted; peak:"
+        f" {report['peak_flops'] / 1e9:.1f} GFLOP/s, the fastest torch.matmul (float32) before"
+        f" ({report['peak_flops_before_and_after'][0] / 1e9:.1f}) and after ({report['peak_flops_before_and_after'][1] / 1e9:.1f})",
+        "peak memory: highest resident memory (VmHWM) above what the process held after imports and a tiny step",
+        "computed again by ernie45: " + (settings["recompute"] or "nothing but activations of SwiGLU"),
+        "first loss, ernie45 and peer: "
+        + ", ".join(f"{case}: {ours:.5f} and {theirs:.5f}" for case, (ours, theirs) in losses.items()),
+        *common.origin_lines(report),
+        common.noise_line(report["other_cores_max"]),
+    ]
+    if settings["quick"]:
+        facts.append("**not to be published**: --quick measures a tiny network, to test this program")
+    return facts
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="train.py", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per case and package (3)")
+    parser.add_argument("--steps", type=int, default=5, help="steps on the clock in each (5)")
+    parser.add_argument("--threads", type=int, default=common.usable_cores(), help="threads (all cores)")
+    parser.add_argument("--only", action="append", default=[], metavar="WORD", help="cases with this in their name")
+    parser.add_argument("--recompute", default="", metavar="A,B", help="operations that ernie45 computes again (none)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single value here as well")
+    parser.add_argument("--quick", action="store_true", help="a tiny network only: tests the program, measures nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
