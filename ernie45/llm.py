@@ -123,7 +123,7 @@ class LLM:
         return self._engine.stats()
 
     def forget_prefixes(self) -> None:
-        """Empty the prefix cache, as it must be when `model` has got other weights: keys and values of the old ones are worth nothing."""
+        """Empty the prefix cache, as it must be when `model` has got other weights: keys and values belong to the old ones."""
         self._engine.forget_prefixes()
 
     @cached_property

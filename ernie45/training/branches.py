@@ -126,7 +126,7 @@ class BranchBatch(Batch):
         return BranchedView(lengths=self.lengths, parents=self.parents)
 
     @cached_property
-    def counts_A(self) -> Tensor:
+    def counts_A(self) -> Tensor:  # noqa: N802  # letters are shapes
         """`counts` as float32."""
         return torch.tensor(self.counts, dtype=torch.float32)
 
@@ -186,4 +186,3 @@ def in_chunks(items: Iterable[Branches], max_tokens: int) -> list[list[Branches]
         chunks[-1].append(item)
         room -= size
     return chunks
-

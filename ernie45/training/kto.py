@@ -1,7 +1,8 @@
 """KTO as an objective: answers that are good or bad each by itself.
 
-How far the policy has gone from the reference is measured on mismatched answers: every prompt of a step with the answer to the next one.
-That takes no gradient, so it is done for the whole step before its first micro-batch: the loss is the same in however many micro-batches.
+How far the policy has gone from the reference is measured on mismatched answers: every prompt of a step with the answer to the next
+one. That takes no gradient, so it is done for the whole step before its first micro-batch: the loss is the same in however many
+micro-batches.
 
 Shape letters: L scored tokens, N answers. Source: training reference 3.4; losses in `losses/kto.py`.
 """
@@ -102,7 +103,9 @@ def _mismatched(batches: Sequence[KtoBatch]) -> list[BranchBatch]:
     """Every prompt of a step with the answer to the next one, in batches as large as the given ones."""
     items = [item for batch in batches for item in batch.packed.items]
     if len(items) < 2:
-        raise ShapeError("a step of KTO has one answer, and no other prompt to mismatch it with: take two rows per step or more")
+        raise ShapeError(
+            "a step of KTO has one answer, and no other prompt to mismatch it with: take two rows per step or more"
+        )
     following = [*items[1:], items[0]]
     mixed = [
         Branches(prompt_ids=item.prompt_ids, answers=other.answers, origin=item.origin)

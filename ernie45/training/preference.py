@@ -67,7 +67,11 @@ class PreferenceObjective:
     def __init__(self, config: PreferenceConfig, reference: Reference | None = None) -> None:
         """Raises: ConfigError if the method needs a reference and none is given, or the other way round."""
         if config.uses_reference != (reference is not None):
-            need = "needs a reference policy" if config.uses_reference else "does not read the reference policy that is given"
+            need = (
+                "needs a reference policy"
+                if config.uses_reference
+                else "does not read the reference policy that is given"
+            )
             raise ConfigError(f"loss_type {config.loss_type} with reference_free {config.reference_free} {need}")
         self.config, self.reference = config, reference
 

@@ -1,7 +1,7 @@
 """Prompts for reinforcement learning: rows without answers, encoded as serving would, in an endless order that can be resumed.
 
-A row has `messages` (chat messages that end with something to answer, and `tools` with them), or `prompt` (a user's question, or messages),
-or `text` (continued as it stands). Everything else in it is for the rewards: the row reaches them whole.
+A row has `messages` (chat messages that end with something to answer, and `tools` with them), or `prompt` (a user's question, or
+messages), or `text` (continued as it stands). Everything else in it is for the rewards: the row reaches them whole.
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ class Prompt:
 
 
 def load_prompts(
-    sources: Sequence[SourceConfig], tokenizer: Tokenizer, *, thinking: bool | None = None, max_prompt_len: int | None = None
+    sources: Sequence[SourceConfig],
+    tokenizer: Tokenizer,
+    *,
+    thinking: bool | None = None,
+    max_prompt_len: int | None = None,
 ) -> list[Prompt]:
     """Read all prompts. A row's `subset`, or else the name of its file, says what its rewards are normalised with.
 
@@ -48,12 +52,15 @@ def load_prompts(
         for number in range(len(source)):
             origin = source.origin(number)
             try:
-                prompt = prompt_of_row(source.read(number), tokenizer, thinking=thinking, origin=origin, subset=Path(config.path).stem)
+                prompt = prompt_of_row(
+                    source.read(number), tokenizer, thinking=thinking, origin=origin, subset=Path(config.path).stem
+                )
             except RequestError as error:
                 raise RequestError(f"{origin}: {error}") from error
             if max_prompt_len is not None and len(prompt.ids) > max_prompt_len:
                 raise RequestError(
-                    f"{origin}: the prompt has {len(prompt.ids)} tokens, max_prompt_len is {max_prompt_len}: raise it, or leave the row out"
+                    f"{origin}: the prompt has {len(prompt.ids)} tokens, max_prompt_len is {max_prompt_len}: raise it, or "
+                    "leave the row out"
                 )
             prompts.append(prompt)
     return prompts

@@ -106,7 +106,9 @@ class FrozenCopy:
         own = self._frozen.model.state_dict()
         if own.keys() != tensors.keys():
             different = sorted(own.keys() ^ tensors.keys())
-            raise CheckpointError(f"the reference's weights do not fit the network: {different[0]!r} is in one of the two")
+            raise CheckpointError(
+                f"the reference's weights do not fit the network: {different[0]!r} is in one of the two"
+            )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 

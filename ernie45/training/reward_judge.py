@@ -98,7 +98,9 @@ def _ask(request: urllib.request.Request, timeout_s: float, retries: int) -> byt
         except (OSError, HTTPException) as error:  # URLError, HTTPError and timeouts are OSErrors
             refused = isinstance(error, urllib.error.HTTPError) and error.code not in _RETRIED
             if refused or attempt == retries:
-                raise TransferError(f"the judge at {request.full_url} failed, attempt {attempt + 1}: {error}") from error
+                raise TransferError(
+                    f"the judge at {request.full_url} failed, attempt {attempt + 1}: {error}"
+                ) from error
         time.sleep(pause_s)
         pause_s *= 2
     raise AssertionError("the last attempt returns or raises")

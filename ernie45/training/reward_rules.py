@@ -17,7 +17,7 @@ Rule = Callable[[str, str, Mapping[str, Any]], float]
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}|/\d+)?")
 _FENCED = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _MAX_NUMBER_CHARS = 200  # longer runs of digits are texts; as fractions they would take quadratic time
-_UNITS = {
+_UNITS: dict[str, Callable[[str], int]] = {
     "chars": len,
     "words": lambda text: len(text.split()),
     "lines": lambda text: len(text.strip().splitlines()),

@@ -63,7 +63,9 @@ class RewardConfig:
         if not math.isfinite(self.weight) or self.weight == 0:
             raise ConfigError(f"weight of reward {self.function!r} is {self.weight!r}, expected a number other than 0")
         if self.on_error is not None and not math.isfinite(self.on_error):
-            raise ConfigError(f"on_error of reward {self.function!r} is {self.on_error!r}, expected a number or nothing")
+            raise ConfigError(
+                f"on_error of reward {self.function!r} is {self.on_error!r}, expected a number or nothing"
+            )
         if not 1 <= self.workers <= 256:
             raise ConfigError(f"workers of reward {self.function!r} is {self.workers!r}, expected 1 to 256")
 
@@ -144,7 +146,9 @@ def _check_options(config: RewardConfig, rule: Callable[..., Reward], known: Ite
     names = list(known)
     for option in config.options:
         if option not in names:
-            raise ConfigError(f"reward {config.function!r} has no option {option!r}, the nearest is {nearest(option, names)}")
+            raise ConfigError(
+                f"reward {config.function!r} has no option {option!r}, the nearest is {nearest(option, names)}"
+            )
     try:
         inspect.signature(rule).bind(**config.options)
     except TypeError as error:

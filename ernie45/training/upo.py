@@ -62,7 +62,9 @@ class UpoObjective:
         """
         offline = bool(config.preference_weight) and config.pair_source == "offline"
         if offline and config.preference.uses_reference and reference is None:
-            raise ConfigError(f"pairs of a data set with loss_type {config.preference.loss_type} need a reference policy")
+            raise ConfigError(
+                f"pairs of a data set with loss_type {config.preference.loss_type} need a reference policy"
+            )
         self.config, self.rollout, self.reference = config, rollout, reference
         self.critic = Critic(hidden_size) if config.has_critic else None
         """Trains along: its parameters belong into the optimizer and its state into the checkpoint."""
@@ -123,7 +125,9 @@ class UpoObjective:
         )
         old_P = batch.gathered("old_L")
         by_answer = config.ratio_of == "sequence"
-        ratios_P = sequence_log_ratios(logprobs_P, old_P, batch.lengths) if by_answer else token_log_ratios(logprobs_P, old_P)
+        ratios_P = (
+            sequence_log_ratios(logprobs_P, old_P, batch.lengths) if by_answer else token_log_ratios(logprobs_P, old_P)
+        )
         clips = {"clip_low": config.clip_low, "clip_high": config.clip_high}
         losses_P = clipped_policy_losses(ratios_P, batch.gathered("advantages_L"), **clips)
         total = (losses_P * weights_P).sum()
@@ -155,9 +159,7 @@ class UpoObjective:
             terms["policy/reference_kl"] = (config.kl_weight if in_loss else 0.0, distances_P)
         return terms
 
-    def _preference_part(
-        self, batch: UpoBatch, totals: UpoTotals, sums_A: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _preference_part(self, batch: UpoBatch, totals: UpoTotals, sums_A: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config.preference
         pairs_2B = torch.stack((batch.chosen_B, batch.rejected_B), dim=1).flatten()
         reference_A = self._reference_sums(batch) if config.uses_reference else None

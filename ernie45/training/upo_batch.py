@@ -152,7 +152,7 @@ def encode_group(group: Group) -> dict[str, Any]:
 def decode_group(state: Mapping[str, Any]) -> Group:
     """The group that `encode_group` wrote. Raises: CheckpointError."""
     try:
-        tensors = {name: _decode(text, torch.float32) for name, text in state["tensors"].items()}
+        tensors: dict[str, Any] = {name: _decode(text, torch.float32) for name, text in state["tensors"].items()}
         prompt = _decode(state["prompt"], torch.int64).tolist()
         answers = [_decode(text, torch.int64).tolist() for text in state["answers"]]
         pair = state["pair"]

@@ -78,7 +78,9 @@ class UpoConfig:
         if self.value_clip is not None:
             _check("value_clip", self.value_clip, 0)
         if self.kl_estimator == "k1":
-            raise ConfigError("kl_estimator is k1, whose gradient is noise: take k2 or k3, or put the distance into the reward (kl_in)")
+            raise ConfigError(
+                "kl_estimator is k1, whose gradient is noise: take k2 or k3, or put the distance into the reward (kl_in)"
+            )
         if not self.policy and not self.preference_weight:
             raise ConfigError("policy is off and preference_weight is 0: nothing would be learnt")
         self._refuse_unread()
@@ -132,7 +134,10 @@ def _check(name: str, value: object, low: float, high: float = math.inf) -> None
 
 _POLICY = (lambda config: config.policy, "where policy is on")
 _CRITIC = (lambda config: config.has_critic, "with advantages: gae")
-_KL_LOSS = (lambda config: config.policy and config.kl_weight and config.kl_in == "loss", "with a kl_weight and kl_in: loss")
+_KL_LOSS = (
+    lambda config: config.policy and config.kl_weight and config.kl_in == "loss",
+    "with a kl_weight and kl_in: loss",
+)
 _PAIRS = (lambda config: config.preference_weight, "with a preference_weight")
 _READ_IF: dict[str, tuple[Callable[[UpoConfig], Any], str]] = {
     "advantages": _POLICY,
@@ -179,7 +184,9 @@ class RolloutConfig:
         if self.num_answers > 128:
             raise ConfigError(f"num_answers is {self.num_answers}, expected 1 to 128")
         if not isinstance(self.temperature, int | float) or not 0 < self.temperature < math.inf:
-            raise ConfigError(f"temperature is {self.temperature!r}, expected a number above 0: greedy answers are all alike")
+            raise ConfigError(
+                f"temperature is {self.temperature!r}, expected a number above 0: greedy answers are all alike"
+            )
         if self.old_logprobs not in ("policy", "sampler"):
             raise ConfigError(f"old_logprobs is {self.old_logprobs!r}, expected policy or sampler")
         if self.prompt_filter is None and self.max_draws != type(self).max_draws:

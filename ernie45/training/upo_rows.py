@@ -2,9 +2,9 @@
 
 A row is one group; how many of them make a step is the loop's choice. When the last row of a rollout is taken, the next call
 
-    1. hands the weights to the generator; 2. draws prompts and samples answers; 3. judges them; 4. leaves out prompts that teach nothing
-    and draws others; 5. computes log-probabilities, values and the reference's log-probabilities, without gradient; 6. gives credit to
-    tokens; 7. picks pairs.
+    1. hands the weights to the generator; 2. draws prompts and samples answers; 3. judges them; 4. leaves out prompts that teach
+    nothing and draws others; 5. computes log-probabilities, values and the reference's log-probabilities, without gradient; 6. gives
+    credit to tokens; 7. picks pairs.
 
 So answers are as old as the steps since then. A checkpoint between two rollouts holds no answers at all; one within a rollout holds
 them, so that a run goes on exactly, whatever the weights have become meanwhile.
@@ -24,10 +24,10 @@ from ernie45.errors import ConfigError, ShapeError
 from ernie45.training.branches import BranchBatch, in_chunks
 from ernie45.training.data.pairs import PreferencePair
 from ernie45.training.objective import RowStream
+from ernie45.training.prompts import Prompt, derived_seed
 from ernie45.training.reference_policy import TokenReference
 from ernie45.training.rewards import Judged, Rewards, Score
 from ernie45.training.rollout import Completion, Generator
-from ernie45.training.prompts import Prompt, derived_seed
 from ernie45.training.upo_batch import Group, decode_group, encode_group, sampled_branches
 from ernie45.training.upo_config import RolloutConfig, UpoConfig
 from ernie45.training.upo_credit import group_numbers, with_advantages, with_pairs

@@ -50,14 +50,17 @@ def test_sums() -> None:
 def test_what_has_nothing_to_score_is_refused_with_its_origin() -> None:
     for make, message in (
         (lambda: item([1], answer([2, 3], [0, 0]), origin="f.jsonl:7"), "f.jsonl:7: answer 0 has no token that counts"),
-        (lambda: item([1], answer([1]), answer([]), origin="f.jsonl:8"), "f.jsonl:8: answer 1 has no token that counts"),
+        (
+            lambda: item([1], answer([1]), answer([]), origin="f.jsonl:8"),
+            "f.jsonl:8: answer 1 has no token that counts",
+        ),
         (lambda: item([], answer([2]), origin="f.jsonl:9"), "f.jsonl:9: the prompt is"),
         (lambda: item([1], origin="f.jsonl:10"), "f.jsonl:10: the prompt has no answers"),
         (lambda: BranchBatch.of_items([]), "at least one"),
         (lambda: item([1], answer([1, 2], [1])), "as many marks"),
     ):
         with pytest.raises(ShapeError, match=message):
-            make()  # type: ignore[no-untyped-call]
+            make()
 
 
 def test_keys_name_the_content() -> None:

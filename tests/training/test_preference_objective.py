@@ -143,12 +143,21 @@ def test_a_step_is_the_same_in_any_number_of_micro_batches(small_model: Any, fie
 def test_what_is_logged(small_model: Any) -> None:
     model, frozen = small_model(), small_model(seed=1)
     config = PreferenceConfig(beta=0.3, sft_loss_ratio=0.25)
-    logged = step(TrainingNetwork(model), PreferenceObjective(config, FrozenCopy(TrainingNetwork(frozen))), [PAIRS[:2], PAIRS[2:]])
-    assert set(logged) == {"total", "loss", "sft_loss", *(f"rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy"))} | {
+    logged = step(
+        TrainingNetwork(model), PreferenceObjective(config, FrozenCopy(TrainingNetwork(frozen))), [PAIRS[:2], PAIRS[2:]]
+    )
+    assert set(logged) == {
+        "total",
+        "loss",
+        "sft_loss",
+        *(f"rewards/{name}" for name in ("chosen", "rejected", "margin", "accuracy")),
+    } | {
         "logps/chosen",
         "logps/rejected",
     }
-    assert float(logged["rewards/margin"]) == pytest.approx(float(logged["rewards/chosen"] - logged["rewards/rejected"]), abs=1e-5)
+    assert float(logged["rewards/margin"]) == pytest.approx(
+        float(logged["rewards/chosen"] - logged["rewards/rejected"]), abs=1e-5
+    )
     assert float(logged["rewards/accuracy"]) in (0, 0.25, 0.5, 0.75, 1)
     assert float(logged["total"]) == pytest.approx(float(logged["loss"] + 0.25 * logged["sft_loss"]), rel=1e-5)
 
@@ -199,15 +208,15 @@ def test_a_reference_is_given_where_it_is_read(small_model: Any) -> None:
         PreferenceObjective(PreferenceConfig(reference_free=True), FrozenCopy(TrainingNetwork(small_model())))
 
 
-def test_ten_pairs_are_learnt(small_model: Any) -> None:
-    """Fifty steps on four pairs: the margin grows until the loss is near nothing."""
+def test_pairs_are_learnt(small_model: Any) -> None:
+    """The margin of four pairs grows until the loss is near nothing."""
     network = TrainingNetwork(small_model())
     objective = PreferenceObjective(PreferenceConfig(), FrozenCopy.of(network))
-    optimizer = torch.optim.AdamW(network.model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(network.model.parameters(), lr=5e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(12):
         optimizer.zero_grad()
         losses.append(float(step(network, objective, [PAIRS])["loss"]))
         optimizer.step()
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert losses[-1] < 0.02
+    assert losses[-1] < 0.1

@@ -88,7 +88,7 @@ def test_length_falls_off_over_the_margin() -> None:
     assert length(minimum=3)("", "x" * 10**6, {}) == 1
     for wrong in ({"unit": "bytes"}, {"minimum": 3, "maximum": 2}, {"margin": -1}):
         with pytest.raises(ConfigError, match="reward length"):
-            length(**wrong)  # type: ignore[arg-type]
+            length(**wrong)
 
 
 def test_json_answers() -> None:
@@ -175,7 +175,9 @@ def test_workers_ask_at_the_same_time(functions: ModuleType) -> None:
     together = threading.Barrier(3, timeout=10)
     functions.meet = lambda prompt, answer, row: float(together.wait() >= 0)  # type: ignore[attr-defined]
     answers = [judged(str(number)) for number in range(3)]
-    assert [score.total for score in Rewards([RewardConfig(function="users_rewards:meet", workers=3)]).score(answers)] == [1] * 3
+    assert [
+        score.total for score in Rewards([RewardConfig(function="users_rewards:meet", workers=3)]).score(answers)
+    ] == [1] * 3
 
     def slow_at_first(prompt: str, answer: str, row: Any) -> float:
         time.sleep(0.02 / (1 + int(answer)))

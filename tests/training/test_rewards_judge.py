@@ -40,7 +40,7 @@ class Endpoint:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
 
 def content(text: str) -> str:
@@ -120,6 +120,6 @@ def test_nonsense_is_an_error(endpoint: Endpoint, text: str) -> None:
 def test_mistakes_in_options() -> None:
     for wrong in ({"url": "ftp://x"}, {"low": 3, "high": 3}, {"timeout_s": 0}, {"pattern": "("}, {"pattern": "a"}):
         with pytest.raises(ConfigError, match="reward judge"):
-            judge(**({"url": "http://x", "model": "m"} | wrong))  # type: ignore[arg-type]
+            judge(**({"url": "http://x", "model": "m"} | wrong))
     with pytest.raises(NotFoundError, match="no key file"):
         judge(url="http://x", model="m", key_file="/nowhere/key")

@@ -36,7 +36,7 @@ def shake(model: Any, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.03)
 
 
 def test_a_twin_shares_all_memory(small_model: Any) -> None:
@@ -70,7 +70,7 @@ def test_adapters_arrive_merged(small_model: Any) -> None:
     twin = sampler_twin(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("lora.B") or "_lora.B" in name:
+            if name.endswith("lora_B"):
                 parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
     ids = torch.tensor([PROMPTS[0]])
     assert not torch.allclose(twin(ids), model(ids), atol=1e-2)
@@ -118,7 +118,7 @@ def test_logprobs_are_the_training_networks(small_model: Any, tokenizer: Any) ->
 
 def test_seeds_number_and_length(small_model: Any, tokenizer: Any) -> None:
     generator = LlmGenerator(llm_of(small_model(vocab_size=330), tokenizer), params=SamplingParams)
-    ask = {"n": 2, "max_tokens": 5, "temperature": 1.0}
+    ask: dict[str, Any] = {"n": 2, "max_tokens": 5, "temperature": 1.0}
     first = generator.generate([[5], [5]], **ask, seed=1)
     assert [len(answers) for answers in first] == [2, 2]
     assert len({answer.ids for answers in first for answer in answers}) == 4, "no two share a seed"

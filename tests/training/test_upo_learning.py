@@ -65,21 +65,27 @@ def reward(monkeypatch: pytest.MonkeyPatch) -> Rewards:
     return Rewards([RewardConfig(function="toy_rewards:says_it")])
 
 
-METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "grpo": ({}, {}),
-    "ppo": ({"advantages": "gae", "kl_weight": 0.01}, {"num_minibatches": 2, "num_epochs": 2}),
-    "gspo": ({"ratio_of": "sequence", "averaging": "answer"}, {"num_epochs": 2}),
-    "upo": ({"preference_weight": 0.3, "kl_weight": 0.01, "kl_in": "loss"}, {"prompt_filter": PromptFilter()}),
-    "online_dpo": ({"policy": False, "preference_weight": 1.0, "preference": PreferenceConfig(beta=0.2)}, {}),
+METHODS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "grpo": (14, {}, {}),
+    "ppo": (26, {"advantages": "gae", "kl_weight": 0.01}, {"num_minibatches": 2, "num_epochs": 2}),
+    "gspo": (20, {"ratio_of": "sequence", "averaging": "answer"}, {"num_epochs": 2}),
+    "upo": (14, {"preference_weight": 0.3, "kl_weight": 0.01, "kl_in": "loss"}, {"prompt_filter": PromptFilter()}),
+    "online_dpo": (16, {"policy": False, "preference_weight": 1.0, "preference": PreferenceConfig(beta=0.2)}, {}),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_it_learns_what_is_rewarded(reward: Rewards, method: str) -> None:
-    policy, rollout = METHODS[method]
+    num_steps, policy, rollout = METHODS[method]
     config = UpoConfig(**policy)
     settings = RolloutConfig(**({"num_answers": 8, "max_tokens": TOKENS} | rollout))
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
     model = build_model(ModelConfig(vocab_size=24, num_hidden_layers=2, **shape))
     initialize(model, std=0.1, seed=0)
     network = TrainingNetwork(model)
@@ -96,9 +102,9 @@ def test_it_learns_what_is_rewarded(reward: Rewards, method: str) -> None:
         reference=FrozenCopy.of(network) if config.asks_reference else None,
     )
     critic = [] if objective.critic is None else list(objective.critic.parameters())
-    optimizer = torch.optim.AdamW([*model.parameters(), *critic], lr=5e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([*model.parameters(), *critic], lr=1.5e-2, weight_decay=0.0)
     scores = []
-    for _ in range(60):
+    for _ in range(num_steps):
         batch = objective.collate([rows.next_row() for _ in range(ROWS)])
         optimizer.zero_grad()
         loss = objective.loss(network, batch, objective.totals([batch]))
@@ -106,5 +112,5 @@ def test_it_learns_what_is_rewarded(reward: Rewards, method: str) -> None:
         loss.total.backward()
         optimizer.step()
         scores.append(float(loss.logged["rewards/score"]))
-    assert sum(scores[:4]) / 4 < 0.2
-    assert sum(scores[-4:]) / 4 > 0.8, scores
+    assert sum(scores[:2]) / 2 < 0.2
+    assert sum(scores[-2:]) / 2 > 0.8, scores

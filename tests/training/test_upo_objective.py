@@ -55,7 +55,11 @@ def near_policy(network: TrainingNetwork, groups: list[Group], shift: float = 0.
     for seed, one in enumerate(groups):
         now = branch_logprobs(network, BranchBatch.of_items([one.branches])).detach()
         noise = torch.randn(now.shape, generator=torch.Generator().manual_seed(seed))
-        done.append(replace(one, old_L=now + shift * noise, sampler_L=now - shift * noise, reference_L=now + 0.2 * noise.flip(0)))
+        done.append(
+            replace(
+                one, old_L=now + shift * noise, sampler_L=now - shift * noise, reference_L=now + 0.2 * noise.flip(0)
+            )
+        )
     return done
 
 
@@ -75,7 +79,9 @@ def step(
     parameters = dict(network.model.named_parameters())
     if objective.critic is not None:
         parameters |= {f"critic.{name}": parameter for name, parameter in objective.critic.named_parameters()}
-    return logged, {name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None}
+    return logged, {
+        name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None
+    }
 
 
 def objective_of(*, reference: Any = None, critic_seed: int | None = 3, **fields: Any) -> UpoObjective:
@@ -111,7 +117,11 @@ def test_ppo_is_its_formula(small_model: Any, averaging: Any) -> None:
                 values = objective.critic(plain.model.norm(rows))
             for at in range(size):
                 place = start + at
-                weight = {"token": 1 / num_tokens, "answer": 1 / (num_answers * size), "constant": 1 / (num_answers * 9)}[averaging]
+                weight = {
+                    "token": 1 / num_tokens,
+                    "answer": 1 / (num_answers * size),
+                    "constant": 1 / (num_answers * 9),
+                }[averaging]
                 new = float(logprobs[at, answer.ids[at]])
                 ratio = torch.tensor(new - float(one.old_L[place])).exp().item()
                 advantage = float(one.advantages_L[place])
@@ -176,7 +186,12 @@ def as_pair(one: Group, chosen: int, rejected: int) -> PreferencePair:
 
 @pytest.mark.parametrize(
     "preference",
-    [PreferenceConfig(), PreferenceConfig(loss_type="ipo", beta=0.5), PreferenceConfig(sft_loss_ratio=0.4), PreferenceConfig(offset_alpha=0.1)],
+    [
+        PreferenceConfig(),
+        PreferenceConfig(loss_type="ipo", beta=0.5),
+        PreferenceConfig(sft_loss_ratio=0.4),
+        PreferenceConfig(offset_alpha=0.1),
+    ],
     ids=lambda config: f"{config.loss_type}-{config.sft_loss_ratio}-{config.offset_alpha}",
 )
 def test_without_the_policy_term_it_is_dpo(small_model: Any, preference: PreferenceConfig) -> None:
@@ -184,7 +199,11 @@ def test_without_the_policy_term_it_is_dpo(small_model: Any, preference: Prefere
     network = TrainingNetwork(small_model(moe=True))
     reference = FrozenCopy(TrainingNetwork(small_model(moe=True, seed=1)))
     groups = [
-        replace(one, reference_L=reference.logprobs(BranchBatch.of_items([one.branches])), rewards_A=torch.tensor([1.0, 0.5, 0.0]))
+        replace(
+            one,
+            reference_L=reference.logprobs(BranchBatch.of_items([one.branches])),
+            rewards_A=torch.tensor([1.0, 0.5, 0.0]),
+        )
         for one in GROUPS
     ]
     pairs = [as_pair(one, 0, 2) for one in groups]
@@ -195,7 +214,7 @@ def test_without_the_policy_term_it_is_dpo(small_model: Any, preference: Prefere
     expected.total.backward()
     gradients = {name: one.grad.clone() for name, one in network.model.named_parameters() if one.grad is not None}
 
-    config = {"policy": False, "preference_weight": 1.0, "preference": preference}
+    config: dict[str, Any] = {"policy": False, "preference_weight": 1.0, "preference": preference}
     logged, found = step(network, objective_of(reference=reference, pair_source="offline", **config), [pairs])
     assert torch.equal(logged["total"], expected.total.detach())
     assert all(torch.equal(found[name], gradients[name]) for name in gradients)
@@ -212,7 +231,9 @@ def test_lambda_weighs_the_sum(small_model: Any) -> None:
     groups = near_policy(network, GROUPS)
     logged = {weight: step(network, objective_of(preference_weight=weight), [groups])[0] for weight in (0.5, 2.0)}
     for weight, one in logged.items():
-        assert float(one["total"]) == pytest.approx(float(one["loss"] + weight * one["preference_loss"]), rel=1e-5, abs=1e-6)
+        assert float(one["total"]) == pytest.approx(
+            float(one["loss"] + weight * one["preference_loss"]), rel=1e-5, abs=1e-6
+        )
 
 
 def test_pairs_of_a_data_set_ride_along(small_model: Any) -> None:
@@ -226,7 +247,9 @@ def test_pairs_of_a_data_set_ride_along(small_model: Any) -> None:
     batch = dpo.collate([pairs])
     alone = dpo.loss(network, batch, dpo.totals([batch]))
     assert float(logged["preference_loss"]) == pytest.approx(float(alone.total.detach()), rel=1e-5)
-    assert float(logged["loss"]) == pytest.approx(float(step(network, objective_of(), [groups])[0]["loss"]), rel=1e-4, abs=1e-6)
+    assert float(logged["loss"]) == pytest.approx(
+        float(step(network, objective_of(), [groups])[0]["loss"]), rel=1e-4, abs=1e-6
+    )
     split, again = step(network, objective, [[groups[0], pairs[0]], [groups[1]], [groups[2], pairs[1]]])
     torch.testing.assert_close(split, logged, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(again, gradients, atol=1e-5, rtol=2e-3)
@@ -267,7 +290,10 @@ def test_what_is_logged(small_model: Any) -> None:
     logged, _ = step(network, objective_of(), [moved])
     assert float(logged["policy/clipped"]) > 0.3
     assert float(logged["policy/sampler_kl"]) > 0.05
-    ratios = [(branch_logprobs(network, BranchBatch.of_items([one.branches])).detach() - one.sampler_L).double() for one in moved]
+    ratios = [
+        (branch_logprobs(network, BranchBatch.of_items([one.branches])).detach() - one.sampler_L).double()
+        for one in moved
+    ]
     expected = torch.cat(ratios)
     kl = float((expected.exp() * expected - expected.exp() + 1).mean())
     assert float(logged["policy/sampler_kl"]) == pytest.approx(kl, rel=1e-3)

@@ -26,7 +26,7 @@ def test_every_form_is_encoded_as_serving_does(tokenizer: Any) -> None:
     assert (chat.text, chat.row["answer"]) == ("one two?", "3")
     question = prompt_of_row({"prompt": "one?"}, tokenizer)
     assert question.ids == tuple(tokenizer.encode(tokenizer.render([{"role": "user", "content": "one?"}])))
-    assert prompt_of_row({"prompt": messages}, tokenizer) .ids == chat.ids
+    assert prompt_of_row({"prompt": messages}, tokenizer).ids == chat.ids
     plain = prompt_of_row({"text": "one two"}, tokenizer)
     assert (plain.ids, plain.text) == (tuple(tokenizer.encode("one two")), "one two")
 

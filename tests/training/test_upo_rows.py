@@ -84,7 +84,13 @@ class Pairs:
 
 
 PROMPTS = [
-    Prompt(ids=(10 + number, 5), text=f"p{number}", subset="ab"[number % 2], row={"bonus": 100 * (number % 2)}, origin=f"p:{number}")
+    Prompt(
+        ids=(10 + number, 5),
+        text=f"p{number}",
+        subset="ab"[number % 2],
+        row={"bonus": 100 * (number % 2)},
+        origin=f"p:{number}",
+    )
     for number in range(7)
 ]
 
@@ -175,7 +181,8 @@ def test_the_samplers_own_logprobs_save_a_pass(small_model: Any) -> None:
 
 
 def gae_by_hand(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
-    advantages, ahead = [], 0.0
+    advantages: list[float] = []
+    ahead = 0.0
     for at in reversed(range(len(rewards))):
         following = values[at + 1] if at + 1 < len(values) else 0.0
         ahead = rewards[at] + gamma * following - values[at] + gamma * lam * ahead
@@ -229,7 +236,8 @@ def test_whitening_spans_the_rollout(small_model: Any) -> None:
 def test_rewards_of_each_subset_come_to_one_scale(small_model: Any) -> None:
     policy = {"group_by_std": False}
     raw, scaled = (
-        take(stream(small_model, policy=policy, rollout={"normalize_rewards": on}, rows_per_step=6), 6) for on in (False, True)
+        take(stream(small_model, policy=policy, rollout={"normalize_rewards": on}, rows_per_step=6), 6)
+        for on in (False, True)
     )
     for subset in (0, 1):
         rewards = torch.cat([group.rewards_A for group in raw if int(group.branches.prompt_ids[0]) % 2 == subset])
@@ -274,7 +282,9 @@ def test_pairs_of_best_and_worst(small_model: Any, ratio: float, expected: int) 
     assert all(group.pair is None for group in take(wide, 4))
 
 
-@pytest.mark.parametrize(("ratio", "numbers"), [(1.0, [2, 0, 2, 0, 2, 0]), (0.5, [0, 2, 0, 0, 0, 2]), (3.0, [4, 2, 4, 2, 4, 2])])
+@pytest.mark.parametrize(
+    ("ratio", "numbers"), [(1.0, [2, 0, 2, 0, 2, 0]), (0.5, [0, 2, 0, 0, 0, 2]), (3.0, [4, 2, 4, 2, 4, 2])]
+)
 def test_pairs_of_a_data_set_keep_the_ratio(small_model: Any, ratio: float, numbers: list[int]) -> None:
     policy = {"preference_weight": 1.0, "pair_source": "offline", "pair_ratio": ratio}
     rows = stream(small_model, policy=policy, pairs=Pairs())
