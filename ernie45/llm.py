@@ -30,6 +30,7 @@ from ernie45.errors import ConfigError, RequestError
 from ernie45.models.text import CausalLM
 from ernie45.processing.constraint import Constraint
 from ernie45.processing.grammar import Grammars
+from ernie45.processing.messages import check_messages
 from ernie45.processing.tokenizer import Tokenizer
 from ernie45.store.api import load_model, load_tokenizer
 
@@ -105,18 +106,30 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         thinking: bool | None = None,
+        continue_final_message: bool = False,
         constraint: Constraint | Sequence[Constraint | None] | None = None,
         progress: bool | None = None,
     ) -> list[Answer]:
         """Answer conversations, rendered with the tokenizer's chat template.
 
-        Args: conversations: lists of messages; a single one will do. tools, thinking: for the template. The rest, result and
-            errors are those of `generate`.
+        Args: conversations: lists of messages; a single one will do. tools, thinking: for the template. continue_final_message: go
+            on with the text of each last message, an assistant's; answers hold what is new, and a constraint holds for both
+            together. The rest, result and errors are those of `generate`.
         """
         single = bool(conversations) and all(isinstance(item, Mapping) for item in conversations)
         many: Sequence[Any] = [conversations] if single else conversations
-        ids = [prompt_ids(self.tokenizer, messages, tools=tools, thinking=thinking) for messages in many]
-        return self._answer(ids, params, constraint, progress)
+        ids = [
+            prompt_ids(
+                self.tokenizer,
+                messages,
+                tools=tools,
+                thinking=thinking,
+                continue_final_message=continue_final_message,
+            )
+            for messages in many
+        ]
+        begun = [check_messages(messages)[-1].text for messages in many] if continue_final_message else None
+        return self._answer(ids, params, constraint, progress, begun)
 
     def stats(self) -> EngineStats:
         """The engine's counts: prefix hits, guesses that were right, pages."""
@@ -130,8 +143,12 @@ class LLM:
     def _grammars(self) -> Grammars:
         return Grammars(self.tokenizer)
 
-    def _new_mask(self, constraint: Constraint | None, prompt: Sequence[int]) -> Callable[[], LogitsMask] | None:
-        return None if constraint is None else grammar_masks(self._grammars, self.tokenizer, constraint, prompt)
+    def _new_mask(
+        self, constraint: Constraint | None, prompt: Sequence[int], begun: str | None
+    ) -> Callable[[], LogitsMask] | None:
+        if constraint is None:
+            return None
+        return grammar_masks(self._grammars, self.tokenizer, constraint, prompt, begun=begun)
 
     def _answer(
         self,
@@ -139,6 +156,7 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         constraint: Constraint | Sequence[Constraint | None] | None,
         progress: bool | None,
+        begun: Sequence[str | None] | None = None,
     ) -> list[Answer]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * len(prompts)
@@ -148,7 +166,8 @@ class LLM:
             constraint = [constraint] * len(prompts)
         if len(constraint) != len(prompts):
             raise RequestError(f"{len(constraint)} constraints for {len(prompts)} prompts")
-        masks = [self._new_mask(one, prompt) for one, prompt in zip(constraint, prompts, strict=True)]
+        begun = begun or [None] * len(prompts)
+        masks = [self._new_mask(*each) for each in zip(constraint, prompts, begun, strict=True)]
         # A request is forgotten when it has ended, so numbers of calls that broke off do not come back.
         names = [str(next(self._numbers)) for _ in prompts]
         collected = {name: _Collected() for name in names}

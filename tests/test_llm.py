@@ -57,6 +57,22 @@ def test_conversations_go_through_the_template(llm: LLM) -> None:
     assert two[0].usage.cached_tokens > 0
 
 
+def test_a_last_message_is_gone_on_with(llm: LLM) -> None:
+    begun: list[dict[str, Any]] = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one, t"}]
+    longer = [
+        *begun[:1],
+        {"role": "assistant", "content": [{"type": "text", "text": "one,"}, {"type": "text", "text": " two"}]},
+    ]
+    answers = llm.chat([begun, longer], PARAMS, continue_final_message=True)
+    for messages, answer in zip([begun, longer], answers, strict=True):
+        rendered = llm.tokenizer.render(messages, continue_final_message=True)
+        assert answer.prompt_ids == tuple(llm.tokenizer.encode(rendered))
+        assert answer.choices == llm.generate(llm.tokenizer.encode(rendered), PARAMS)[0].choices
+    assert answers[0].prompt_ids != llm.chat(begun, PARAMS)[0].prompt_ids
+    with pytest.raises(RequestError, match="continue_final_message: messages.0. is the last one and has the role user"):
+        llm.chat(begun[:1], PARAMS, continue_final_message=True)
+
+
 def test_choices_and_prompt_scores(llm: LLM) -> None:
     params = SamplingParams(seed=1, n=3, best_of=5, max_tokens=6, prompt_logprobs=1)
     (answer,) = llm.generate("one two three", params)
@@ -144,6 +160,15 @@ def test_answers_are_forced_into_shape(llm: LLM) -> None:
     speculating = LLM(llm.model, tokenizer=llm.tokenizer, max_model_len=256, speculation=ernie45.NgramSpeculation())
     again = speculating.generate(["one", "two", "three"], params, constraint=[digits, None, word])
     assert [answer.choices for answer in again] == [answer.choices for answer in answers]
+
+
+def test_text_that_is_gone_on_with_is_part_of_what_is_forced(llm: LLM) -> None:
+    pytest.importorskip("llguidance")
+    begun = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "tw"}]
+    word = Constraint.choice(["one", "two"])
+    (answer,) = llm.chat(begun, PARAMS, constraint=word, continue_final_message=True)
+    assert answer.text == "o"
+    assert llm.chat(begun, PARAMS, constraint=word)[0].text in ("one", "two")
 
 
 def test_constraints_are_checked_before_anything_is_computed(llm: LLM) -> None:

@@ -120,19 +120,26 @@ class EngineClient:
         *,
         spawned: Spawned | None = None,
         stall_s: float = 120.0,
+        load_timeout_s: float = 600.0,
         on_loading: Callable[[wire.Loading], None] | None = None,
     ) -> None:
-        """Args: spawned: the first process, if it was started already. stall_s: silence after which the process counts as stuck;
-        longer than any step takes.
+        """Args: spawned: the first process, if it was started already. stall_s: silence after which a process that serves counts as
+        stuck; longer than any step takes. load_timeout_s: the same for one that loads, which says how far it has come.
         """
         self._spawned = spawned
-        self._launch, self._stall_s, self._on_loading = launch, stall_s, on_loading
+        self._launch, self._stall_s, self._load_timeout_s, self._on_loading = (
+            launch,
+            stall_s,
+            load_timeout_s,
+            on_loading,
+        )
         self.state: State = "loading"
         self.facts: wire.Started | None = None
         self.stats: EngineStats | None = None
         self.loading: wire.Loading | None = None
         self.restarts = 0
         self.last_error: str | None = None
+        self._why_killed: str | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._waiting: dict[str, asyncio.Future[None]] = {}
@@ -187,14 +194,14 @@ class EngineClient:
             self._send(wire.Abort(request_id))
 
     def pause(self) -> None:
-        """Compute nothing until `resume`; survives a restart of the process."""
+        """Compute nothing until `resume`; holds for processes that are started later, too."""
         self._paused = True
-        self._send(wire.Pause())
+        self._tell_if_ready(wire.Pause())
 
     def resume(self) -> None:
         """Go on."""
         self._paused = False
-        self._send(wire.Resume())
+        self._tell_if_ready(wire.Resume())
 
     def forget_prefixes(self) -> None:
         """Empty the prefix cache."""
@@ -215,6 +222,11 @@ class EngineClient:
             except (TimeoutError, asyncio.TimeoutError):  # one class from Python 3.11 on
                 self._kill()
                 await self._supervisor
+
+    def _tell_if_ready(self, message: wire.Pause | wire.Resume) -> None:
+        """Pass on what a process that is not there yet hears when it is."""
+        if self.state == "ready":
+            self._send(message)
 
     def _send(self, message: wire.ToWorker) -> None:
         if self.state != "ready" or self._writer is None:
@@ -250,7 +262,8 @@ class EngineClient:
         """What the first start failed with, as the class that the other process raised."""
         if self._not_started is None:
             how = "was stopped" if self._stop_asked.is_set() else f"ended ({self.last_error})"
-            return EngineDownError(f"the engine's process {how} while it loaded the model")
+            remedy = "; raise load_timeout_s if loading takes that long here" if self._why_killed else ""
+            return EngineDownError(f"the engine's process {how} while it loaded the model{remedy}")
         kind = getattr(errors, self._not_started.error, None)
         known = isinstance(kind, type) and issubclass(kind, Ernie45Error)
         error: Ernie45Error = (kind if known and kind else EngineDownError)(self._not_started.message)
@@ -258,7 +271,7 @@ class EngineClient:
 
     async def _run_process(self) -> bool:
         """One life of the process. Returns whether it came to serve."""
-        self._not_started = None
+        self._not_started = self._why_killed = None
         try:
             spawned, self._spawned = self._spawned or self._spawn(), None
         except OSError as error:  # no memory, no process, no file descriptor: later there may be
@@ -351,13 +364,14 @@ class EngineClient:
         """Ask for a sign of life, and kill what gives none."""
         while True:
             await asyncio.sleep(_PING_S)
-            if self.state != "ready":
-                continue
-            if time.monotonic() - self._heard > self._stall_s:
-                _logger.error("the engine's process has been silent for %.0f s: killing it", self._stall_s)
+            serves = self.state == "ready"
+            limit_s = self._stall_s if serves else self._load_timeout_s
+            if time.monotonic() - self._heard > limit_s:
+                self._why_killed = f"silent for {limit_s:g} s, it was killed"
                 self._kill()
                 return
-            self._send(wire.Ping(next(self._pings)))
+            if serves:
+                self._send(wire.Ping(next(self._pings)))
 
     def _kill(self) -> None:
         if self._process is not None:
@@ -372,7 +386,8 @@ class EngineClient:
             self._kill()
             code = await asyncio.to_thread(self._process.wait)
         if self._not_started is None:
-            self.last_error = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+            how = f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+            self.last_error = self._why_killed or how
 
     def _fail_all(self) -> None:
         message = "the engine stopped while it worked on this request: send it again"

@@ -66,6 +66,10 @@ class _Entry:
     """A request that has not ended."""
 
     request: Request
+    added: float
+    """By the engine's clock."""
+    queue_s: float | None = None
+    """From then to the first step that computed something of it; None before that."""
     choices: list[_Choice] = field(default_factory=list)
     scores: list[TokenLogprob] = field(default_factory=list)
     drafted: int = 0
@@ -135,7 +139,7 @@ class Engine:
         check_ids(request.prompt, self._vocab_size)
         assert self.config.max_model_len is not None, "filled in by resolve"
         room = room_for_answer(len(request.prompt), params.max_tokens, self.config.max_model_len)
-        entry = _Entry(request=request)
+        entry = _Entry(request=request, added=self._clock())
         for index in range(params.num_generated):
             entry.choices.append(self._new_choice(entry, index, params.max_tokens or room))
         self._entries[request.id] = entry
@@ -226,7 +230,16 @@ class Engine:
                 job.drafts = choice.drafter.propose(job.tokens)[: choice.most_drafts]
         num_decodes = sum(job.decoding for job in self._scheduler.running)
         self._scheduler.max_step_tokens_beside_decodes = self._pace.room(num_decodes, len(self._choices) - num_decodes)
-        return self._scheduler.plan()
+        work = self._scheduler.plan()
+        self._end_waiting(work)
+        return work
+
+    def _end_waiting(self, work: Sequence[Work]) -> None:
+        """Note how long those requests have waited whose first step this is."""
+        for one in work:
+            entry = self._choices[one.job].entry
+            if entry.queue_s is None:
+                entry.queue_s = self._clock() - entry.added
 
     def _run(self, work: Sequence[Work]) -> None:
         try:
@@ -354,7 +367,8 @@ class Engine:
             self._publish_best(entry)
         usage = self._usage(entry)
         self._cached_tokens += usage.cached_tokens
-        self._events.append(End(request_id=request_id, kind=kind, usage=usage, reason=reason, cause=cause))
+        end = End(request_id=request_id, kind=kind, usage=usage, reason=reason, cause=cause, queue_s=entry.queue_s)
+        self._events.append(end)
 
     def _publish_best(self, entry: _Entry) -> None:
         """Of `best_of` choices the `n` of the highest mean log-probability, best first, each in one piece."""

@@ -92,6 +92,8 @@ class End:
     reason: str | None = None
     cause: EndCause | None = None
     """Of a failure: request = it asked for what turned out to be impossible; timeout; internal = everything else."""
+    queue_s: float | None = None
+    """Seconds from `Engine.add` to the first step that computed something of it; None if there was none."""
 
 
 Event = PromptScores | Output | End

@@ -6,7 +6,7 @@ and `Tokenizer` puts them where a template wrote them.
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +32,11 @@ class Backend(Protocol):
     vocabulary: Vocabulary
     texts: list[str]
     """Every id as its file spells it; empty for holes."""
+
+    @property
+    def max_token_bytes(self) -> int | None:
+        """Bytes of text that an ordinary token stands for at most; None where text may change or be dropped on its way."""
+        ...
 
     def encode(self, text: str, *, at_start: bool) -> list[int]:
         """Split text that holds valid Unicode; `at_start` says whether it begins the prompt."""
@@ -70,6 +75,7 @@ class SentencePieceBackend:
         byte_ids = {piece.byte: idx for idx, piece in enumerate(model.pieces) if piece.byte is not None}
         self._space_mark = [byte_ids[byte] for byte in SPACE.encode()] if byte_ids else None
         self._pattern = special_pattern([*self._ordinary, *([SPACE] if byte_ids else [])])
+        self._keeps_text = bool(byte_ids) and not (model.remove_extra_whitespaces or model.rewrites)
 
     def encode(self, text: str, *, at_start: bool) -> list[int]:
         """See `Backend`."""
@@ -83,6 +89,11 @@ class SentencePieceBackend:
             else:
                 out.append(self._ordinary[part.text])
         return out
+
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """See `Backend`."""
+        return self.vocabulary.max_text_bytes if self._keeps_text else None
 
     @cached_property
     def _inner_processor(self) -> Any:
@@ -120,6 +131,12 @@ class JsonBackend:
             token.text: token.id for token in added if token.text not in special_ids and token.text not in vocab
         }
         self._pattern = special_pattern(self._ordinary)
+        self._keeps_text = style.byte_level and _keeps_text(self.definition)
+
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """See `Backend`."""
+        return self.vocabulary.max_text_bytes if self._keeps_text else None
 
     def encode(self, text: str, *, at_start: bool) -> list[int]:
         """See `Backend`; whether a space is put first is up to the normaliser in the file."""
@@ -131,6 +148,27 @@ class JsonBackend:
                 # Of the library's calls this one lets other threads run, and it leaves out what only offsets need.
                 out += self._tokenizer.encode_batch_fast([part.text], add_special_tokens=False)[0].ids
         return out
+
+
+def _keeps_text(definition: Mapping[str, Any]) -> bool:
+    """Whether every byte of a text ends up in a token of a byte-level vocabulary."""
+    stripping = any(token.get("lstrip") or token.get("rstrip") for token in definition.get("added_tokens") or [])
+    whole = definition["model"]["vocab"].keys() >= byte_alphabet().keys()
+    return (
+        definition.get("normalizer") is None and _only_cuts(definition.get("pre_tokenizer")) and whole and not stripping
+    )
+
+
+def _only_cuts(pre_tokenizer: object) -> bool:
+    """Whether a pre-tokenizer spells every byte of a text, each in its place."""
+    match pre_tokenizer:
+        case {"type": "Sequence", "pretokenizers": list(steps)}:
+            pass
+        case _:
+            steps = [pre_tokenizer]
+    kept = [step for step in steps if isinstance(step, dict) and step.get("behavior") != "Removed"]
+    kinds = {step.get("type") for step in kept}
+    return len(kept) == len(steps) and "ByteLevel" in kinds and kinds <= {"ByteLevel", "Digits", "Split"}
 
 
 class _DecoderStyle(NamedTuple):

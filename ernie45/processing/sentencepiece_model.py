@@ -68,6 +68,8 @@ class SentencePieceModel:
     """Encoding puts a space before the text."""
     remove_extra_whitespaces: bool = True
     """Encoding trims and collapses spaces, which no decoding can undo."""
+    rewrites: bool = False
+    """Encoding replaces characters by a map of its own."""
 
     @classmethod
     def parse(cls, data: bytes, source: str) -> "SentencePieceModel":
@@ -142,6 +144,7 @@ def _parse_model(data: bytes) -> SentencePieceModel:
         normalizer_spec=normalizer,
         add_dummy_prefix=flags[3],
         remove_extra_whitespaces=flags[4],
+        rewrites=flags[2],
     )
 
 
@@ -205,12 +208,13 @@ def _check_trainer(data: bytes, pieces: list[Piece]) -> None:
 
 
 def _check_normalizer(data: bytes) -> dict[int, bool]:
-    flags = {3: True, 4: True, 5: True}
+    flags = {2: False, 3: True, 4: True, 5: True}
     for number, value in _fields(data):
         if number == 2:
             if not isinstance(value, bytes):
                 raise _WireError("the character map has the wrong wire type")
             _check_charsmap(value)
+            flags[2] = flags[2] or bool(value)
         elif number in flags:
             if not isinstance(value, int):
                 raise _WireError(f"normaliser field {number} has the wrong wire type")

@@ -176,6 +176,15 @@ class Tokenizer:
                 out.append(token_id)
         return out
 
+    def least_tokens(self, text: str) -> int:
+        """Fewest ids that `encode` can give for `text`, told by its length alone; 0 where the vocabulary does not say."""
+        longest = self._backend.max_token_bytes
+        if not longest:
+            return 0
+        segments = text.segments if isinstance(text, RenderedPrompt) else (Segment(text, False),)
+        plain = (one.text for one in segments if not (one.special and one.text in self.special_tokens))
+        return -(-sum(len(one.encode("utf-8", "surrogatepass")) for one in plain) // longest)
+
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of ids; bytes that are no UTF-8 become U+FFFD.
 

@@ -45,6 +45,11 @@ class Vocabulary:
         """Ids of the special tokens."""
         return frozenset(self.special.values())
 
+    @cached_property
+    def max_text_bytes(self) -> int:
+        """Bytes of the longest token that is not special."""
+        return max((len(data) for idx, data in enumerate(self.data) if idx not in self.special_ids), default=0)
+
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes of an id. Raises: RequestError if there is no such id."""
         if not 0 <= token_id < len(self.data):

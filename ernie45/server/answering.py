@@ -140,6 +140,12 @@ class Answering:
         """Whether a choice has no finish reason: it was aborted, it failed, or nobody read on."""
         return any(self._open)
 
+    @property
+    def queue_times(self) -> list[float]:
+        """Seconds that plans waited for their first step; of those that have ended and had one."""
+        ends = [answer.end for answer in self._answers if answer.end is not None]
+        return [end.queue_s for end in ends if end.queue_s is not None]
+
     async def deltas(self) -> AsyncIterator[Delta]:
         """What comes, as it comes; choices interleave.
 
@@ -181,11 +187,15 @@ class Answering:
         for answer in self._answers:
             answer.push(error)
 
+    def abort(self) -> None:
+        """End it before its time; whoever waits for more gets an error."""
+        for answer in self._answers:
+            answer.abort()
+
     def close(self) -> None:
         """Nobody reads on. What still runs is aborted; the engine frees it within a step and says what it took."""
         if self._closing is None:
-            for answer in self._answers:
-                answer.abort()
+            self.abort()
             self._closing = asyncio.create_task(self._wait_for_ends(), name="ends of a request")
 
     async def _wait_for_ends(self) -> None:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 
 from ernie45 import __version__
 from ernie45.errors import Ernie45Error
-from ernie45.server import chat, completions, messages, operations, responses, tokens
+from ernie45.server import chat, completions, control, messages, operations, responses, tokens
 from ernie45.server.asgi import error_bytes
 from ernie45.server.body import invalid
 from ernie45.server.errors import ApiError, api_error
@@ -61,6 +61,7 @@ def build_app(service: Service) -> ASGIApp:
             api.include_router(router, prefix=prefix, include_in_schema=documented)
     api.include_router(tokens.router, include_in_schema=False)
     api.include_router(operations.probes)
+    api.include_router(control.router)
     public = PUBLIC_PATHS
     if service.config.chat_page:
         pages = page_routes()

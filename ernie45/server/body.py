@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import reprlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -12,7 +14,6 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
 from starlette.requests import ClientDisconnect
 
 from ernie45.server.asgi import header
@@ -20,8 +21,6 @@ from ernie45.server.errors import ApiError
 
 MAX_DEPTH = 64
 """Levels that JSON may be nested; tool schemas take about 10."""
-
-
 MAX_COMMAS = 200_000
 """Bounds the number of values, and with it the time that they take; a prompt of ids has 131,072."""
 
@@ -73,38 +72,71 @@ class JsonRoute(APIRoute):
 def parse(data: bytes) -> Any:
     """A JSON value. Raises: ApiError (400) with the place and the reason."""
     if not data.strip():
-        raise ApiError(400, "the body is empty, expected a JSON object", code="invalid_json")
+        raise _no_json("is empty, expected a JSON object")
     commas = data.count(b",")
     if commas > MAX_COMMAS:
         message = f"the body holds {commas} commas, the limit is {MAX_COMMAS}: send fewer values"
         raise ApiError(413, message, code="request_too_large")
     try:
-        value = from_json(data, allow_inf_nan=False)
-    except ValueError as error:  # RecursionError's message comes as one, too
-        raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from error
-    _check_objects(data)
-    if _deeper_than(value, MAX_DEPTH):
-        raise ApiError(400, f"the body is nested more than {MAX_DEPTH} levels deep: flatten it", code="invalid_json")
+        text = data.decode()
+        value = _decoder.decode(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        raise _no_json(f"is no UTF-8 at line {line} column {column}") from error
+    except UnicodeEncodeError as error:
+        raise _no_json("holds half of a surrogate pair") from error
+    except RecursionError as error:
+        raise _too_deep() from error
+    except ValueError as error:
+        raise _no_json(f"is no JSON: {error}") from error
+    _check_values(value)
     return value
 
 
-def _check_objects(data: bytes) -> None:
-    """Insist on different names in each object, and on numbers that are finite: what else is read differs between programs.
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object. Raises: ApiError for a name that stands there twice: programs differ in which one they keep."""
+    found = dict(members)
+    if len(found) < len(members):
+        (twice, _), *_ = Counter(name for name, _ in members).most_common(1)
+        raise _no_json(f"has an object with several members {twice[:80]!r}: send one")
+    return found
 
-    Raises: ApiError.
-    """
 
-    def pairs(found: list[tuple[str, Any]]) -> None:
-        if len(dict(found)) < len(found):
-            (twice, _), *_ = Counter(name for name, _ in found).most_common(1)
-            message = f"the body has an object with several members {twice[:80]!r}: send one"
-            raise ApiError(400, message, code="invalid_json")
+def _constant(name: str) -> None:
+    raise _no_json(f"holds {name}, which JSON does not have")
 
-    def number(text: str) -> None:
-        if math.isinf(float(text)):
-            raise ApiError(400, f"the body holds the number {text[:80]}, which is too large", code="invalid_json")
 
-    json.JSONDecoder(object_pairs_hook=pairs, parse_float=number).decode(data.decode())
+_decoder = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Half of a pair, perhaps beside its other half."""
+
+
+def _check_values(value: object) -> None:
+    """Raises: ApiError for nesting without bottom, and for numbers that are infinite as a float."""
+    level: list[Any] = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        inner: list[Any] = []
+        for outer in level:
+            for item in outer.values() if type(outer) is dict else outer:
+                kind = type(item)
+                if kind is dict or kind is list:
+                    inner.append(item)
+                elif kind is float and math.isinf(item):
+                    raise _no_json(f"holds a number beyond {sys.float_info.max:.2g}, the largest there is")
+        if not inner:
+            return
+        level = inner
+    raise _too_deep()
+
+
+def _no_json(what: str) -> ApiError:
+    return ApiError(400, f"the body {what}", code="invalid_json")
+
+
+def _too_deep() -> ApiError:
+    return _no_json(f"is nested more than {MAX_DEPTH} levels deep: flatten it")
 
 
 def invalid(error: RequestValidationError) -> ApiError:
@@ -136,18 +168,3 @@ _shown = reprlib.Repr()
 """Never writes out a long value to cut it afterwards."""
 _shown.maxstring = _shown.maxother = _shown.maxlong = 80
 _TYPE_NAMES = frozenset({"str", "int", "float", "bool", "list", "dict", "none"})
-
-
-def _deeper_than(value: object, limit: int) -> bool:
-    level: list[Any] = [value]
-    for _ in range(limit + 1):
-        level = [
-            item
-            for outer in level
-            if isinstance(outer, dict | list)
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, dict | list)
-        ]
-        if not level:
-            return False
-    return True

@@ -12,8 +12,9 @@ from starlette.responses import Response
 
 from ernie45.processing.answer_parser import ArgumentsDelta, ContentDelta, ReasoningDelta, ToolCallBegun
 from ernie45.processing.answer_parser import Event as Part
+from ernie45.server.admission import admit
 from ernie45.server.answering import Answering, Choice, Delta, Plan, in_chunks
-from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone, usage_body
+from ernie45.server.answers import json_answer, streamed, unless_gone, usage_body
 from ernie45.server.body import JsonRoute
 from ernie45.server.chat_plan import chat_plan, text_of
 from ernie45.server.documented import ERRORS, JSON_OR_STREAM
@@ -33,18 +34,16 @@ router = APIRouter(route_class=JsonRoute, tags=["chat"])
 )
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """Answer a conversation, whole or (`stream`) as server-sent events that end with `data: [DONE]`."""
-    service = service_of(request)
-    service.check_model(body.model)
-    unknown = body.unknown_fields()
-    plan = await service.in_thread(chat_plan, service, body)
-    service.check_plans([plan])
-    answering = await service.answer([plan], caller_of(request))
-    shaper = _Shaper(service, body, plan, answering)
-    headers = extra_headers(request, unknown)
+    admitted = await admit(request, body, _plans)
+    shaper = _Shaper(admitted.service, body, admitted.plan, admitted.answering)
     if body.stream:
-        return streamed(request, answering, shaper.frames(), headers)
-    choices = await unless_gone(request, answering, answering.whole())
-    return json_answer(shaper.completion(choices), headers)
+        return streamed(request, admitted.answering, shaper.frames(), admitted.headers)
+    choices = await unless_gone(request, admitted.answering, admitted.answering.whole())
+    return json_answer(shaper.completion(choices), admitted.headers)
+
+
+def _plans(service: Service, body: ChatRequest) -> list[Plan]:
+    return [chat_plan(service, body, context=service.facts.max_model_len)]
 
 
 class _Shaper:

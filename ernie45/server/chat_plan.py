@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie45.engine.params import SamplingParams
+from ernie45.engine.prompts import encoded
 from ernie45.errors import RequestError
 from ernie45.processing.constraint import Constraint
 from ernie45.server.answering import Plan, Reading
@@ -36,10 +37,11 @@ class ToolUse:
         return self.choice != "auto"
 
 
-def chat_plan(service: Service, request: ChatRequest) -> Plan:
+def chat_plan(service: Service, request: ChatRequest, *, context: int | None = None) -> Plan:
     """Check, render, encode. Takes the processor for some milliseconds: run it beside the event loop.
 
-    Raises: RequestError, ApiError.
+    Args: context: tokens that prompt and answer may have together; None where nothing is generated.
+    Raises: RequestError, ApiError; ContextLengthError where the prompt alone is clearly too long.
     """
     tool_use = tools_of(request)
     thinking, budget = wants_thinking(request)
@@ -55,7 +57,7 @@ def chat_plan(service: Service, request: ChatRequest) -> Plan:
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=bool(request.continue_final_message),
         )
-        prompt = tokenizer.encode(rendered)
+        prompt = encoded(tokenizer, rendered, context)
     begun = text_of(request.messages[-1]) if request.continue_final_message else None
     reading = Reading(
         format=tokenizer.answer_format,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ernie45.engine.pieces import Piece, TokenLogprob
+from ernie45.engine.prompts import encoded
 from ernie45.errors import RequestError
 from ernie45.processing.answer_parser import ContentDelta
+from ernie45.server.admission import admit
 from ernie45.server.answering import Answering, Choice, Plan, in_chunks
-from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone, usage_body
+from ernie45.server.answers import json_answer, streamed, unless_gone, usage_body
 from ernie45.server.body import JsonRoute
 from ernie45.server.documented import ERRORS, JSON_OR_STREAM
 from ernie45.server.logprobs import completion_logprobs, prompt_logprobs
@@ -31,18 +33,12 @@ router = APIRouter(route_class=JsonRoute, tags=["completions"])
 )
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Go on with a text, or with several, whole or (`stream`) as server-sent events that end with `data: [DONE]`."""
-    service = service_of(request)
-    service.check_model(body.model)
-    unknown = body.unknown_fields()
-    plans = await service.in_thread(completion_plans, service, body)
-    service.check_plans(plans)
-    answering = await service.answer(plans, caller_of(request))
-    shaper = _Shaper(service, body, plans, answering)
-    headers = extra_headers(request, unknown)
+    admitted = await admit(request, body, completion_plans)
+    shaper = _Shaper(admitted.service, body, admitted.plans, admitted.answering)
     if body.stream:
-        return streamed(request, answering, shaper.frames(), headers)
-    choices = await unless_gone(request, answering, answering.whole())
-    return json_answer(shaper.completion(choices), headers)
+        return streamed(request, admitted.answering, shaper.frames(), admitted.headers)
+    choices = await unless_gone(request, admitted.answering, admitted.answering.whole())
+    return json_answer(shaper.completion(choices), admitted.headers)
 
 
 def completion_plans(service: Service, body: CompletionRequest) -> list[Plan]:
@@ -63,7 +59,7 @@ def completion_plans(service: Service, body: CompletionRequest) -> list[Plan]:
     constraint = body.constraint()
     plans = []
     for number, prompt in enumerate(_prompts(body)):
-        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = encoded(tokenizer, prompt, service.facts.max_model_len) if isinstance(prompt, str) else prompt
         if not ids:
             raise RequestError(f"prompt {number} is empty: give at least one token")
         plans.append(
@@ -93,7 +89,7 @@ def _most(one: int | None, other: int | None) -> int | None:
 class _Shaper:
     """Makes OpenAI's objects of the deltas of one request."""
 
-    def __init__(self, service: Service, body: CompletionRequest, plans: list[Plan], answering: Answering) -> None:
+    def __init__(self, service: Service, body: CompletionRequest, plans: Sequence[Plan], answering: Answering) -> None:
         self._service, self._body, self._plans, self._answering = service, body, plans, answering
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",

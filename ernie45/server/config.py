@@ -59,7 +59,7 @@ class ServerConfig:
     port: int = 8000
     """0 takes a free one."""
     api_keys: tuple[str, ...]
-    """Who knows one of these may use the server; at least one."""
+    """Who knows one of these may use the server; at least one. The first may also pause it, and end requests of the others."""
     served_model_names: tuple[str, ...]
     """The first is the model's id in answers; all are understood."""
     chat_page: bool = False
@@ -71,6 +71,8 @@ class ServerConfig:
     rate_limits: RateLimits = field(default_factory=RateLimits)
     keep_alive_s: float = 10.0
     """Between comments in a stream that has nothing to say."""
+    load_timeout_s: float = 600.0
+    """How long the engine's process may be silent while it loads; it says how far it has come about four times a second."""
     drain_timeout_s: float = 30.0
     """How long running requests may go on after SIGTERM."""
 
@@ -81,6 +83,8 @@ class ServerConfig:
             raise ConfigError("an API key holds a space: a client could not send it")
         if not self.served_model_names:
             raise ConfigError("served_model_names needs at least one name")
+        if not 0 < self.load_timeout_s < math.inf:
+            raise ConfigError(f"load_timeout_s is {self.load_timeout_s!r}, expected a number of seconds above 0")
         if not 0 <= self.port < 1 << 16:
             raise ConfigError(f"port is {self.port}, expected 0 to 65535")
 

@@ -28,6 +28,8 @@ PROBE_ERRORS: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for stat
 """Where no key is asked for."""
 READ_ERRORS: dict[int | str, dict[str, Any]] = {401: ERRORS[401], **PROBE_ERRORS}
 """Where nothing is computed."""
+CONTROL_ERRORS: dict[int | str, dict[str, Any]] = {403: ERRORS[403], **READ_ERRORS}
+"""Where the engine is switched."""
 JSON_OR_STREAM: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with `stream` as server-sent events.",

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -32,6 +32,8 @@ class Caller:
 
     tenant: str
     """Tells callers apart, in fairness, caches and logs; the key cannot be had from it."""
+    is_first: bool = field(default=False, compare=False)
+    """Whether the key is the first that the server was given: it may hold up all others."""
 
 
 class Keys:
@@ -39,7 +41,7 @@ class Keys:
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._pepper = secrets.token_bytes(32)
-        self._known = {self._digest(key): Caller(_tenant(key)) for key in keys}
+        self._known = {self._digest(key): Caller(_tenant(key), is_first=key == keys[0]) for key in keys}
 
     def caller(self, key: str) -> Caller | None:
         """Whose key this is; takes equally long for every key."""

@@ -11,8 +11,9 @@ from pydantic_core import from_json
 from starlette.responses import Response
 
 from ernie45.engine.request import Usage
+from ernie45.server.admission import admit
 from ernie45.server.answering import Answering, Delta, Plan
-from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone
+from ernie45.server.answers import extra_headers, json_answer, service_of, streamed, unless_gone
 from ernie45.server.asgi import error_bytes, json_bytes
 from ernie45.server.blocks import Block, Blocks, Step
 from ernie45.server.body import JsonRoute
@@ -46,43 +47,42 @@ Event = dict[str, Any]
 )
 async def create_message(request: Request, body: MessagesRequest) -> Response:
     """The assistant's next message, whole or (`stream`) as events."""
-    service = service_of(request)
-    unknown = _checked(request, service, body)
-    asked = await service.in_thread(messages_plan, service, body)
-    plan = within_context(service, asked)
-    service.check_plans([plan])
-    answering = await service.answer([plan], caller_of(request))
-    writer = _Writer(service, body, plan, answering, cut_by_context=plan is not asked)
-    headers = extra_headers(request, unknown)
+    admitted = await admit(request, body, _plans, _ignored(request))
+    writer = _Writer(admitted.service, body, admitted.plan, admitted.answering)
     if body.stream:
 
         def failure(error: ApiError) -> bytes:
             return b"event: error\ndata: " + error_bytes(request.scope, error) + b"\n\n"
 
-        return streamed(request, answering, writer.frames(), headers, failure, _PING)
-    return json_answer(await unless_gone(request, answering, writer.whole()), headers)
+        return streamed(request, admitted.answering, writer.frames(), admitted.headers, failure, _PING)
+    return json_answer(await unless_gone(request, admitted.answering, writer.whole()), admitted.headers)
 
 
 @router.post("/messages/count_tokens", response_model=TokenCount, responses=_ERRORS, summary="Tokens of a conversation")
 async def count_tokens(request: Request, body: CountRequest) -> Response:
     """How many tokens the model would read; nothing is generated."""
     service = service_of(request)
-    unknown = _checked(request, service, body)
+    ignored = _ignored(request)
+    service.check_model(body.model)
+    ignored += body.unknown_fields()
     plan = await service.in_thread(messages_plan, service, body)
-    return json_answer({"input_tokens": len(plan.prompt)}, extra_headers(request, unknown))
+    return json_answer({"input_tokens": len(plan.prompt)}, extra_headers(request, ignored))
 
 
-def _checked(request: Request, service: Service, body: CountRequest) -> list[str]:
-    """What can be said before any work; returns what is ignored. Raises: ApiError."""
+def _plans(service: Service, body: MessagesRequest) -> list[Plan]:
+    plan = messages_plan(service, body, context=service.facts.max_model_len)
+    return [within_context(service, plan)]
+
+
+def _ignored(request: Request) -> list[str]:
+    """What the headers ask for in vain. Raises: ApiError for a version that nobody speaks."""
     version = request.headers.get("anthropic-version", VERSIONS[-1])
     if version not in VERSIONS:
         message = (
             f"anthropic-version is {version[:40]!r}, the server speaks {' and '.join(VERSIONS)}: send one of these"
         )
         raise ApiError(400, message, code="invalid_value", param="anthropic-version")
-    service.check_model(body.model)
-    betas = ["anthropic_beta"] if request.headers.get("anthropic-beta") else []
-    return [*betas, *body.unknown_fields()]
+    return ["anthropic_beta"] if request.headers.get("anthropic-beta") else []
 
 
 def called_input(arguments: str) -> dict[str, Any]:
@@ -103,12 +103,10 @@ def valid_json(arguments: str) -> str:
 class _Writer:
     """Makes a message of the deltas of one request: the events of a stream, and the object that they add up to."""
 
-    def __init__(
-        self, service: Service, body: MessagesRequest, plan: Plan, answering: Answering, *, cut_by_context: bool
-    ) -> None:
-        """Args: cut_by_context: where the answer ends for its length, the context is what ended it."""
+    def __init__(self, service: Service, body: MessagesRequest, plan: Plan, answering: Answering) -> None:
         self._service, self._plan, self._answering = service, plan, answering
-        self._cut_by_context = cut_by_context
+        # Every message has a limit of its own; `within_context` took it away where the context is the nearer one.
+        self._cut_by_context = plan.params.max_tokens is None
         self._omits_thoughts = body.thinking is not None and body.thinking.display == "omitted"
         self._eager = frozenset(tool.name for tool in body.tools or () if tool.eager_input_streaming)
         self._id = f"msg_{secrets.token_hex(12)}"

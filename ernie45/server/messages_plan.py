@@ -40,8 +40,8 @@ _NAMES = {
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
-def messages_plan(service: Service, body: CountRequest) -> Plan:
-    """Check, translate, render, encode; beside the event loop, as `chat_plan`. Raises: RequestError, ApiError."""
+def messages_plan(service: Service, body: CountRequest, *, context: int | None = None) -> Plan:
+    """Check, translate, render, encode; beside the event loop and with the arguments of `chat_plan`, whose errors it raises."""
     conversation = Conversation()
     system = body.system if isinstance(body.system, str) else "\n".join(block.text for block in body.system or ())
     if system:
@@ -66,7 +66,7 @@ def messages_plan(service: Service, body: CountRequest) -> Plan:
         }
     tools = [f"tools[{idx}]" for idx in range(len(body.tools or ()))]
     names = Names(fields=_NAMES, conversation=conversation, tools=tools, parameters="input_schema")
-    return translated_plan(service, fields, names)
+    return translated_plan(service, fields, names, context)
 
 
 def within_context(service: Service, plan: Plan) -> Plan:
@@ -100,13 +100,14 @@ def _add_turn(conversation: Conversation, place: str, turn: Turn) -> None:
 
 
 def _add_answer(conversation: Conversation, place: str, blocks: list[Block]) -> None:
-    message = conversation.add(place, "assistant", content="")
+    message = conversation.add(place, "assistant")
+    texts: list[str] = []
     thoughts: list[str] = []
     for idx, block in enumerate(blocks):
         where = f"{place}.content[{idx}]"
         match block:
             case TextBlock():
-                message["content"] += block.text
+                texts.append(block.text)
             case ThinkingBlock():
                 thoughts.append(block.thinking or unpacked(block.signature) or "")
             case ToolUseBlock():
@@ -115,6 +116,7 @@ def _add_answer(conversation: Conversation, place: str, blocks: list[Block]) -> 
                 pass
             case _:
                 raise RequestError(f"{where} has the type {block.type}, which no turn of the assistant has")
+    message["content"] = "".join(texts)
     if thought := "\n".join(filter(None, thoughts)):
         message["reasoning_content"] = thought
 

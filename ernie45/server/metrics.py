@@ -27,6 +27,7 @@ _ALIASED = frozenset(
         "prefix_cache_hits",
         "request_success",
         "time_to_first_token_seconds",
+        "request_queue_time_seconds",
         "time_per_output_token_seconds",
         "e2e_request_latency_seconds",
         "request_prompt_tokens",
@@ -71,6 +72,9 @@ class Metrics:
         self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._generated = counter("generation_tokens", "Tokens of answers.")
         self._reasoning = counter("reasoning_tokens", "Tokens of answers that are thoughts.")
+        self._queued = histogram(
+            "request_queue_time_seconds", "From acceptance to the first step that computes something of it.", _SECONDS
+        )
         self._first = histogram("time_to_first_token_seconds", "From the request to its first token.", _SECONDS)
         self._each = histogram("time_per_output_token_seconds", "Between tokens, mean of a request.", _PER_TOKEN)
         self._whole = histogram("e2e_request_latency_seconds", "From the request to its end.", _SECONDS)
@@ -100,6 +104,8 @@ class Metrics:
         self._cached.labels(model).inc(usage.cached_tokens)
         self._generated.labels(model).inc(usage.completion_tokens)
         self._reasoning.labels(model).inc(usage.reasoning_tokens)
+        for seconds in answering.queue_times:
+            self._queued.labels(model).observe(seconds)
         self._prompt_sizes.labels(model).observe(usage.prompt_tokens)
         self._answer_sizes.labels(model).observe(usage.completion_tokens)
         if timings.first is None or timings.ended is None:

@@ -33,14 +33,16 @@ async def health() -> Response:
     summary="Whether requests are taken",
 )
 async def ready(request: Request) -> Response:
-    """200 while requests are taken; 503 while the engine is being started, or the server shuts down."""
+    """200 while requests are computed; 503 while the engine is being started or paused, or the server shuts down."""
     service = service_of(request)
     if service.draining:
         status, message = "draining", "the server is shutting down"
-    elif service.engine.state == "ready":
-        return json_answer({"status": "ready", "message": "requests are taken"})
-    else:
+    elif service.engine.state != "ready":
         status, message = service.engine.state, _progress(service)
+    elif service.engine.paused:
+        status, message = "paused", "the engine is paused until POST /resume; requests wait"
+    else:
+        return json_answer({"status": "ready", "message": "requests are computed"})
     answer = json_answer({"status": status, "message": message}, {"retry-after": "1"})
     answer.status_code = 503
     return answer

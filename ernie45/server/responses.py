@@ -12,8 +12,9 @@ from starlette.responses import Response
 
 from ernie45.engine.request import Usage
 from ernie45.errors import ContextLengthError
+from ernie45.server.admission import admit
 from ernie45.server.answering import Answering, Delta, FinishReason, Plan
-from ernie45.server.answers import caller_of, extra_headers, json_answer, service_of, streamed, unless_gone
+from ernie45.server.answers import json_answer, service_of, streamed, unless_gone
 from ernie45.server.blocks import Block, Blocks, Step
 from ernie45.server.body import JsonRoute
 from ernie45.server.documented import ERRORS, JSON_OR_STREAM
@@ -39,20 +40,14 @@ _ITEM_IDS = {"thought": "rs", "text": "msg", "call": "fc"}
 )
 async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """Respond, whole or (`stream`) as events that are numbered and end with the response itself."""
-    service = service_of(request)
-    service.check_model(body.model)
-    unknown = body.unknown_fields()
-    plan = await service.in_thread(responses_plan, service, body)
-    service.check_plans([plan])
     try:
-        answering = await service.answer([plan], caller_of(request))
+        admitted = await admit(request, body, _plans)
     except ContextLengthError as error:
         raise ContextLengthError(str(error).replace("max_tokens", "max_output_tokens")) from error
-    writer = _Writer(service, body, plan, answering)
-    headers = extra_headers(request, unknown)
+    writer = _Writer(admitted.service, body, admitted.plan, admitted.answering)
     if body.stream:
-        return streamed(request, answering, writer.frames(), headers, writer.failure)
-    return json_answer(await unless_gone(request, answering, writer.whole()), headers)
+        return streamed(request, admitted.answering, writer.frames(), admitted.headers, writer.failure)
+    return json_answer(await unless_gone(request, admitted.answering, writer.whole()), admitted.headers)
 
 
 @router.post("/responses/input_tokens", response_model=InputTokens, responses=ERRORS, summary="Tokens of an input")
@@ -80,6 +75,10 @@ async def stored_response(response_id: str) -> Response:
 
 
 router.include_router(_stored)
+
+
+def _plans(service: Service, body: ResponsesRequest) -> list[Plan]:
+    return [responses_plan(service, body, context=service.facts.max_model_len)]
 
 
 class _Writer:

@@ -37,8 +37,8 @@ _NAMES = {
 }
 
 
-def responses_plan(service: Service, body: ResponsesRequest) -> Plan:
-    """Check, translate, render, encode; beside the event loop, as `chat_plan`. Raises: RequestError, ApiError."""
+def responses_plan(service: Service, body: ResponsesRequest, *, context: int | None = None) -> Plan:
+    """Check, translate, render, encode; beside the event loop and with the arguments of `chat_plan`, whose errors it raises."""
     conversation = Conversation()
     if body.instructions:
         conversation.add("instructions", "system", content=body.instructions)
@@ -65,7 +65,7 @@ def responses_plan(service: Service, body: ResponsesRequest) -> Plan:
         "metadata": body.metadata,
     }
     names = Names(fields=_NAMES, conversation=conversation, tools=[f"tools[{idx}]" for idx, _ in tools])
-    return translated_plan(service, fields, names)
+    return translated_plan(service, fields, names, context)
 
 
 def allowed_tools(body: ResponsesRequest) -> list[tuple[int, FunctionTool]]:
@@ -95,7 +95,7 @@ def _add_item(conversation: Conversation, place: str, item: InputItem) -> None:
                 _assistant(conversation, place, before=("content", "tool_calls"))["reasoning_content"] = thought
         case InputMessage(role="assistant"):
             turn = _assistant(conversation, place, before=("tool_calls",))
-            turn["content"] = [*turn.get("content", ()), *_parts(item.content)]
+            turn.setdefault("content", []).extend(_parts(item.content))
         case InputMessage():
             conversation.add(place, item.role, content=_parts(item.content))
         case FunctionCallItem():

@@ -57,7 +57,7 @@ async def serve(
     """
     listener = _listen(config)
     _allow_files(config.limits.connections)
-    engine = EngineClient(launch, spawned=spawned, on_loading=on_loading)
+    engine = EngineClient(launch, spawned=spawned, load_timeout_s=config.load_timeout_s, on_loading=on_loading)
     starting = asyncio.create_task(engine.start())  # the other process loads while this one prepares
     stop = _Signals()
     try:
@@ -91,6 +91,8 @@ async def serve(
 async def _drain(service: Service, stop: _Signals) -> None:
     """No new requests; those that run may end, and what is left after the timeout gets an error."""
     service.draining = True
+    if service.engine.paused:
+        service.engine.resume()  # what is held could not end
     impatient = asyncio.create_task(stop.wait(2))
     deadline = asyncio.get_running_loop().time() + service.config.drain_timeout_s
     while service.busy and not impatient.done() and asyncio.get_running_loop().time() < deadline:

@@ -7,7 +7,7 @@ import difflib
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -42,8 +42,8 @@ class Service:
         self.limiter = RateLimiter(config.rate_limits)
         self.started_at = int(time.time())
         self.draining = False
-        self.running: set[Answering] = set()
-        """Requests that the engine has and that have not ended."""
+        self.running: dict[Answering, tuple[Caller, str]] = {}
+        """Requests that the engine has and that have not ended, each with its caller and its id."""
         self._entering = self._in_threads = 0
         self._mean_s = 0.0
         self._threads = ThreadPoolExecutor(_RENDERERS, thread_name_prefix="render")
@@ -86,6 +86,11 @@ class Service:
                 403, "priority above 0 would go before the requests of others: send 0 or less", param="priority"
             )
 
+    def check_operator(self, caller: Caller) -> None:
+        """Insist on the key that may hold up everybody: the first. Raises: ApiError."""
+        if not caller.is_first:
+            raise ApiError(403, "this holds up the requests of all keys: send the first key of this server")
+
     async def in_thread(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Run what takes the processor for a while beside the event loop. Raises: ApiError if too many wait for that."""
         if self._in_threads >= _RENDERERS + self.config.limits.waiting:
@@ -96,7 +101,7 @@ class Service:
         finally:
             self._in_threads -= 1
 
-    async def answer(self, plans: Sequence[Plan], caller: Caller) -> Answering:
+    async def answer(self, plans: Sequence[Plan], caller: Caller, request_id: str) -> Answering:
         """Let a request in and hand it to the engine.
 
         Raises: ApiError for what does not fit or is too much; RequestError for what the engine refuses.
@@ -114,8 +119,19 @@ class Service:
         finally:
             self._entering -= 1
         answering = Answering(plans, answers, arrived, lambda ended: self._ended(ended, ticket))
-        self.running.add(answering)
+        self.running[answering] = (caller, request_id)
         return answering
+
+    def abort(self, request_ids: Collection[str], caller: Caller) -> int:
+        """End the requests of these ids that run: the caller's own, for the first key those of all. Returns how many it were."""
+        found = [
+            answering
+            for answering, (whose, name) in self.running.items()
+            if name in request_ids and (caller.is_first or whose == caller)
+        ]
+        for answering in found:
+            answering.abort()
+        return len(found)
 
     async def _submit_all(self, submits: Sequence[Submit]) -> list[Answer]:
         """All or none."""
@@ -151,8 +167,8 @@ class Service:
 
     def _most_tokens(self, plan: Plan) -> int:
         """Tokens that a plan can take at most. Raises: RequestError if it does not fit."""
-        check_ids(plan.prompt, self.facts.vocab_size)
         room = room_for_answer(len(plan.prompt), plan.params.max_tokens, self.facts.max_model_len)
+        check_ids(plan.prompt, self.facts.vocab_size)  # what is too long was refused unread
         return len(plan.prompt) + plan.params.num_generated * (plan.params.max_tokens or room)
 
     def _submit(self, plan: Plan, caller: Caller) -> Submit:
@@ -171,7 +187,7 @@ class Service:
         )
 
     def _ended(self, answering: Answering, ticket: Ticket) -> None:
-        self.running.discard(answering)
+        self.running.pop(answering, None)
         usage, timings = answering.usage, answering.timings
         ticket.settle(usage.prompt_tokens + usage.completion_tokens)
         self.metrics.ended(answering)

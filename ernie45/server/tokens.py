@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ernie45.errors import RequestError
-from ernie45.processing.prompt import RenderedPrompt
 from ernie45.server.answers import extra_headers, json_answer, service_of
 from ernie45.server.body import JsonRoute
-from ernie45.server.chat_plan import as_message, chat_plan
+from ernie45.server.chat_plan import chat_plan
 from ernie45.server.documented import ERRORS
 from ernie45.server.schema.chat import ChatRequest
-from ernie45.server.schema.tokens import Detokenized, DetokenizeRequest, Rendered, Tokenized, TokenizeRequest
+from ernie45.server.schema.tokens import (
+    ConversationFields,
+    Detokenized,
+    DetokenizeRequest,
+    Rendered,
+    Tokenized,
+    TokenizeRequest,
+)
 from ernie45.server.service import Service
 
 router = APIRouter(route_class=JsonRoute, tags=["tokens"])
@@ -50,18 +58,13 @@ async def render(request: Request, body: ChatRequest) -> Response:
     return json_answer({"prompt": text, "token_ids": list(plan.prompt), "count": len(plan.prompt)}, headers)
 
 
-def _ids(service: Service, body: TokenizeRequest) -> list[int]:
-    tokenizer = service.tokenizer
+def _ids(service: Service, body: TokenizeRequest) -> Sequence[int]:
+    """The ids of a text, or the prompt of the chat request that the same fields make. Raises: RequestError, ApiError."""
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("prompt and messages exclude each other, and one is needed: send one")
-    if body.prompt is not None:
-        return tokenizer.encode(body.prompt)
-    kwargs = body.chat_template_kwargs
-    rendered: RenderedPrompt = tokenizer.render(
-        [as_message(message) for message in body.messages or ()],
-        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()] or None,
-        thinking=body.enable_thinking if kwargs is None else kwargs.enable_thinking,
-        add_generation_prompt=body.add_generation_prompt,
-        continue_final_message=body.continue_final_message,
-    )
-    return tokenizer.encode(rendered)
+    given = {name: value for name in ConversationFields.model_fields if (value := getattr(body, name)) is not None}
+    if body.prompt is None:
+        return chat_plan(service, ChatRequest(**given)).prompt
+    if given:
+        raise RequestError(f"{next(iter(given))} goes with messages, not with prompt: leave it out")
+    return service.tokenizer.encode(body.prompt)

@@ -80,11 +80,14 @@ class Names:
         return f"{self.tools[idx]}.{self.parameters}" if found[2] else self.tools[idx]
 
 
-def translated_plan(service: Service, fields: Mapping[str, Any], names: Names) -> Plan:
-    """The plan of a chat request with these fields. Raises: RequestError, ApiError in the client's words."""
+def translated_plan(service: Service, fields: Mapping[str, Any], names: Names, context: int | None) -> Plan:
+    """The plan of a chat request with these fields.
+
+    Args: context: as for `chat_plan`. Raises: RequestError, ApiError in the client's words.
+    """
     given = {name: value for name, value in fields.items() if value is not None}
     try:
-        plan = chat_plan(service, ChatRequest.model_validate(given))
+        plan = chat_plan(service, ChatRequest.model_validate(given), context=context)
     except ValidationError as error:
         raise _renamed(invalid(RequestValidationError(error.errors())), names) from error
     except ApiError as error:

@@ -55,6 +55,8 @@ class Fake:
 
     def __init__(self, behaviour: str, sock: socket.socket) -> None:
         self.behaviour, self.sock = behaviour, sock
+        self.paused = False
+        self.held: list[str] = []
 
     def run(self) -> None:
         self.begin()
@@ -75,20 +77,36 @@ class Fake:
         if self.behaviour == "sends noise first":
             self.sock.sendall(b"\xff" * 64)
             time.sleep(60)
+        if self.behaviour == "loads slowly":
+            for part in range(8):
+                time.sleep(0.3)
+                self.send(wire.Loading("loading", part, 8))
+        if self.behaviour == "stops while it loads":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self.behaviour == "loads for ever":
             time.sleep(60)
 
     def obey(self, message: wire.ToWorker) -> None:
         if isinstance(message, wire.Ping):
             self.send(wire.Pong(message.number, STATS))
+        elif isinstance(message, wire.Pause | wire.Resume):
+            self.paused = isinstance(message, wire.Pause)
+            self.go_on()
         elif isinstance(message, wire.Abort):
             self.step(message.id, end="aborted")
         elif isinstance(message, wire.Submit) and self.behaviour == "refuses":
             self.send(wire.Refused(message.id, "internal", "secret detail"))
         elif isinstance(message, wire.Submit) and self.behaviour != "takes nothing":
             self.send(wire.Taken(message.id))
-            self.step(message.id)
-            self.misbehave(message.id)
+            self.held.append(message.id)
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Answer what is held, unless there is a pause."""
+        while self.held and not self.paused:
+            request = self.held.pop(0)
+            self.step(request)
+            self.misbehave(request)
 
     def misbehave(self, request: str) -> None:
         """What happens amid an answer."""
@@ -102,7 +120,7 @@ class Fake:
         elif self.behaviour == "sends a length":
             self.sock.sendall(b"\xff\xff\xff\xff")
             time.sleep(60)
-        elif self.behaviour == "answers":
+        elif self.behaviour in ("answers", "loads slowly"):
             self.step(request, end="finished")
             self.step(request, end="failed")
 

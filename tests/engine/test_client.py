@@ -258,6 +258,18 @@ def test_a_process_that_does_not_stop_is_killed() -> None:
     run(FakedClient("does not stop"), work)
 
 
+async def holds(client: FakedClient) -> None:
+    """Insist on an engine that computes nothing until it is told to go on."""
+    answer = await client.submit(submit("held"))
+    reading = asyncio.create_task(events(answer))
+    await asyncio.sleep(0.2)
+    assert client.paused
+    assert not reading.done()
+    client.resume()
+    assert not client.paused
+    assert len(await reading) == 2
+
+
 def test_a_pause_outlives_the_process() -> None:
     async def work(client: FakedClient) -> None:
         client.pause()
@@ -265,6 +277,57 @@ def test_a_pause_outlives_the_process() -> None:
         client._process.kill()
         await asyncio.sleep(0.05)
         await until_ready(client)
-        assert client.paused
+        await holds(client)
 
     run(FakedClient("answers"), work)
+
+
+def test_a_pause_while_there_is_no_process_is_for_the_next_one() -> None:
+    async def work(client: FakedClient) -> None:
+        assert client._process is not None
+        client._process.kill()
+        while client.state == "ready":
+            await asyncio.sleep(0.01)
+        client.resume()
+        client.pause()
+        await until_ready(client)
+        await holds(client)
+
+    run(FakedClient("answers"), work)
+
+
+@pytest.mark.parametrize("behaviour", ["loads for ever", "stops while it loads"])
+def test_a_process_that_hangs_while_it_loads_is_given_up(behaviour: str) -> None:
+    async def whole() -> None:
+        client = FakedClient(behaviour, load_timeout_s=0.5)
+        start = time.monotonic()
+        with pytest.raises(EngineDownError, match=r"silent for 0.5 s, it was killed.*raise load_timeout_s"):
+            await asyncio.wait_for(client.start(), 5)
+        assert time.monotonic() - start < 3
+        assert client._process is not None
+        assert client._process.returncode is not None
+        await client.stop()
+
+    asyncio.run(whole())
+
+
+def test_a_later_process_that_hangs_while_it_loads_is_replaced() -> None:
+    async def work(client: FakedClient) -> None:
+        with pytest.raises(EngineDownError):
+            await events(await client.submit(submit()))
+        await until_ready(client)
+        assert client.restarts == 2
+        assert len(await events(await client.submit(submit()))) == 2
+
+    run(FakedClient("dies", "loads for ever", "answers", load_timeout_s=2.0), work)
+
+
+def test_loading_may_take_longer_if_it_goes_on() -> None:
+    seen: list[int] = []
+
+    async def work(client: FakedClient) -> None:
+        assert len(seen) == 8
+        assert len(await events(await client.submit(submit()))) == 2
+
+    settings: dict[str, Any] = {"load_timeout_s": 2.0, "on_loading": lambda loading: seen.append(loading.done)}
+    run(FakedClient("loads slowly", **settings), work)

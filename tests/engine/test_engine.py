@@ -421,6 +421,26 @@ def test_time_runs_out_for_the_whole_request(network: Any, tokenizer: Tokenizer,
     assert driver.ends["patient"].kind == "finished"
 
 
+def test_waiting_is_measured_up_to_the_first_step(network: Any, tokenizer: Tokenizer, tokens: Any, drive: Any) -> None:
+    now = [0.0]
+    driver = drive(Engine(network("dense"), tokenizer, replace(SMALL, max_num_seqs=1), clock=lambda: now[0]))
+    driver.add("first", tokens(1, 30), GREEDY)
+    now[0] = 2.0
+    driver.add("second", tokens(2, 30), replace(GREEDY, n=2))
+    driver.add("aborted", tokens(3, 30), GREEDY)
+    began: dict[str, float] = {}
+    while driver.engine.has_work:
+        now[0] += 1.0
+        driver.step()
+        for name, _ in driver.outputs:
+            began.setdefault(name, now[0])
+        if now[0] == 5.0:
+            driver.engine.abort("aborted")
+    assert driver.ends["first"].queue_s == 3.0
+    assert driver.ends["second"].queue_s == began["second"] - 2.0 > 5
+    assert driver.ends["aborted"].queue_s is None
+
+
 class OnlyUntil:
     """A mask: one id, until the output is so long; then it breaks or leaves nothing."""
 

@@ -43,6 +43,7 @@ ends = st.builds(
     usage=usages,
     reason=st.none() | text,
     cause=st.sampled_from([None, "request", "timeout", "internal"]),
+    queue_s=st.none() | st.floats(0, 1e6),
 )
 stats = st.builds(
     EngineStats,

@@ -31,6 +31,8 @@ TOOL: dict[str, Any] = {
 CACHED = {"type": "text", "text": "Hel", "cache_control": {"type": "ephemeral"}}
 THINKING: dict[str, Any] = {"type": "enabled", "budget_tokens": 4}
 USER = {"role": "user", "content": "Hi"}
+TEXT = {"type": "text", "text": "x"}
+RESULT = {"type": "tool_result", "tool_use_id": "c"}
 FORCED = {"type": "any", "disable_parallel_tool_use": True}
 
 
@@ -357,6 +359,7 @@ def test_sampling_fields_have_an_effect(server: Served) -> None:
     answer = texts(post(server, **base))
     assert answer == texts(post(server, **base))
     assert answer != texts(post(server, **base, **{"seed": 9}))
+    assert texts(post(server, **base, seed=-1)) != texts(post(server, **base, seed=-1))
     assert texts(post(server, temperature=0, seed=1)) == texts(post(server, temperature=0, seed=2))
     for narrow in ({"top_k": 1}, {"top_p": 0.001}):
         assert texts(post(server, **base, **narrow, seed=1)) == texts(post(server, **base, **narrow, seed=2))
@@ -442,6 +445,11 @@ def test_betas_are_ignored_and_said_to_be(client: Any) -> None:
             "messages[1] has tool calls, which are whole: end with a user turn",
         ),
         ({"system": 5}, "system is 5"),
+        ({"system": [TEXT] * 1025}, "system is"),
+        ({"system": [TEXT] * 1025}, "at most 1024 items"),
+        ({"messages": [{"role": "user", "content": [TEXT] * 1025}]}, "messages[0].content is"),
+        ({"messages": [USER, {"role": "assistant", "content": [TEXT] * 1025}, USER]}, "at most 1024 items"),
+        ({"messages": [{"role": "user", "content": [{**RESULT, "content": [TEXT] * 1025}]}]}, "messages[0].content[0].content is"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools[0]"),
         ({"tools": [{"name": "f"}]}, "tools[0].input_schema is missing"),
         ({"tools": [{**TOOL, "input_schema": {"type": "array"}}], "tool_choice": FORCED}, "tools[0].input_schema.type is 'array'"),
@@ -488,6 +496,10 @@ def test_what_cannot_be_honoured_is_named(server: Served, path: str, fields: dic
         ({"top_p": 0}, "top_p is 0"),
         ({"top_k": -2}, "top_k is -2"),
         ({"stop_sequences": [""]}, "stop_sequences[0] is ''"),
+        ({"stop_sequences": ["x" * 1025]}, "stop_sequences[0] is"),
+        ({"stop_sequences": ["x" * 1025]}, "at most 1024 characters"),
+        ({"stop_sequences": ["x"] * 65}, "at most 64 items"),
+        ({"seed": -2}, "seed is -2"),
         ({"metadata": {"user": "x"}}, "metadata.user"),
         ({"stream": 1}, "stream is 1"),
         ({"thinking": {"type": "enabled", "budget_tokens": 12}}, "max_tokens 12, which leaves nothing"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.server.raw import exchange, head, metric, wait_idle
+from tests.server.raw import exchange, head, metric, wait_idle, wait_until
 from tests.server.served import Served
 
 USUAL = {
@@ -15,6 +19,7 @@ USUAL = {
     "vllm:generation_tokens",
     "vllm:request_success",
     "vllm:time_to_first_token_seconds",
+    "vllm:request_queue_time_seconds",
     "vllm:e2e_request_latency_seconds",
 }
 
@@ -59,3 +64,26 @@ def test_no_path_adds_a_series(server: Served) -> None:
     assert len(text.splitlines()) <= before + 4
     assert "model-7" not in text
     assert "/models/{model:path}" in text
+
+
+def test_waiting_for_a_full_engine_is_measured(start: Callable[..., Served]) -> None:
+    served = start("ernie", "--max-model-len", "4096", "--max-num-seqs", "1")
+    names = ["ernie45_request_queue_time_seconds", "vllm:request_queue_time_seconds"]
+    assert [metric(served, f"{name}_count") for name in names] == [0, 0]
+    long = {"max_tokens": 2000, "ignore_eos": True}
+    first = threading.Thread(target=served.chat, kwargs=long)
+    first.start()
+    wait_until(lambda: metric(served, "ernie45_num_requests_running") == 1, 10, "the first one runs")
+    second = threading.Thread(target=served.chat, kwargs={"max_tokens": 1})
+    second.start()
+    wait_until(lambda: metric(served, "ernie45_num_requests_waiting") == 1, 10, "the second one waits")
+    served.post("/pause", {})
+    time.sleep(0.6)
+    served.post("/resume", {})
+    first.join()
+    second.join()
+    wait_idle(served)
+    for name in names:
+        assert metric(served, f"{name}_count") == 2
+        assert metric(served, f"{name}_bucket", le="0.5") == 1
+        assert 0.6 < metric(served, f"{name}_sum") < metric(served, "ernie45_e2e_request_latency_seconds_sum")

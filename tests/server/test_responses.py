@@ -28,7 +28,9 @@ TOOL: dict[str, Any] = {
     },
 }
 CALL: dict[str, Any] = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}
-THOUGHT = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
+RESULT = {"type": "function_call_output", "call_id": "c1"}
+TEXT = {"type": "input_text", "text": "x"}
+THOUGHT: dict[str, Any] = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}
 IMAGE = {"role": "user", "content": [{"type": "input_image", "image_url": "http://x/y.png"}]}
 UNKNOWN = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "no"}]}
 ARRAY = {**TOOL, "parameters": {"type": "array"}}
@@ -348,6 +350,7 @@ def test_seed_temperature_top_p_and_stop_have_an_effect(server: Served) -> None:
     stopped = post(server, **base, stop=[stop, "never met"])
     assert stopped["status"] == "completed"
     assert texts(stopped)[-1] == text.split(stop)[0]
+    assert texts(post(server, **base, seed=-1)) != texts(post(server, **base, seed=-1))
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 1}, {"min_p": 1.0}])
@@ -439,6 +442,13 @@ def test_harmless_fields_are_taken_and_unknown_ones_named(server: Served) -> Non
         ({"metadata": {"enable_thinking": "false"}}, None, "always thinks"),
         ({"reasoning_max_tokens": -1}, "reasoning_max_tokens", "is -1"),
         ({"stop": [""]}, "stop[0]", "stop[0] is ''"),
+        ({"stop": ["x" * 1025]}, "stop[0]", "at most 1024 characters"),
+        ({"stop": "x" * 1025}, "stop", "at most 1024 characters"),
+        ({"stop": ["x"] * 65}, "stop", "at most 64 items"),
+        ({"input": [{"role": "user", "content": [TEXT] * 1025}]}, "input[0].content", "at most 1024 items"),
+        ({"input": [CALL, {**RESULT, "output": [TEXT] * 1025}]}, "input[1].output", "at most 1024 items"),
+        ({"input": [{**THOUGHT, "summary": [THOUGHT["summary"][0]] * 1025}]}, "input[0].summary", "at most 1024 items"),
+        ({"input": [{**THOUGHT, "content": [THOUGHT["summary"][0]] * 1025}]}, "input[0].content", "at most 1024 items"),
         ({"top_k": -2}, "top_k", "top_k is -2"),
         ({"min_p": 2}, "min_p", "min_p is 2"),
         ({"min_tokens": -1}, "min_tokens", "min_tokens is -1"),
@@ -458,7 +468,7 @@ def test_harmless_fields_are_taken_and_unknown_ones_named(server: Served) -> Non
         ({"parallel_tool_calls": "yes"}, "parallel_tool_calls", "'yes'"),
         ({"instructions": 5}, "instructions", "instructions is 5"),
         ({"stream": "yes"}, "stream", "'yes'"),
-        ({"seed": -1}, "seed", "seed is -1"),
+        ({"seed": -2}, "seed", "seed is -2"),
         ({"priority": 5000}, "priority", "priority is 5000"),
         ({"top_logprobs": 3}, "top_logprobs", "/chat/completions has"),
         ({"truncation": "auto"}, "truncation", "shorten the input"),

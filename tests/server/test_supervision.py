@@ -160,6 +160,24 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(model_folder: Callable[
     assert took < 10
 
 
+def test_an_engine_that_hangs_while_it_loads_is_given_up(model_folder: Callable[[str], Path]) -> None:
+    """Stopped as soon as it is there: it imports torch then, which takes a second."""
+    program = [str(Path(__file__).parent / "tuned_server.py"), json.dumps({"load_timeout_s": 1.0})]
+    arguments = ["serve", str(model_folder("ernie")), "--port", "0", "--api-key", "a-test-key"]
+    process = subprocess.Popen(
+        [sys.executable, *program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: bool(children.read_text()), 20, "the engine's process is started")
+    os.kill(int(children.read_text()), signal.SIGSTOP)
+    out, log = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "silent for 1 s" in log
+    assert "load_timeout_s" in log
+    assert "Traceback" not in log
+    assert "Ctrl-C stops" not in out
+
+
 def _broken(name: str, folder: Path) -> list[str]:
     """What is wrong with a copy of the model; further arguments."""
     if name == "no weights":

@@ -7,11 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ernie45.engine.params import MAX_LOGPROBS
-from ernie45.server.schema.sampling import Count, ReasoningEffort, SamplingFields
-
-MAX_MESSAGES = 4096
-MAX_PARTS = 1024
-"""Of the content of one message."""
+from ernie45.server.schema.sampling import ReasoningEffort, SamplingFields
+from ernie45.server.schema.shared import MAX_MESSAGES, MAX_PARTS, Count, Length, TokenId
 
 
 class ContentPart(BaseModel):
@@ -115,7 +112,7 @@ class ChatRequest(SamplingFields):
     """A conversation to go on with."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Length | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
@@ -131,13 +128,13 @@ class ChatRequest(SamplingFields):
     reasoning_max_tokens: Count | None = None
     thinking_token_budget: Count | None = None
     """Another spelling of reasoning_max_tokens."""
-    response_max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    response_max_tokens: Length | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: bool | None = None
     """Begin the answer with the text of the last message, where that is continued."""
-    prompt_token_ids: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)] | None = None
+    prompt_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     """Used in place of the rendered messages."""
 
 

@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ernie45.engine.params import MAX_LOGPROBS
 from ernie45.server.schema.chat import UsageModel
 from ernie45.server.schema.sampling import SamplingFields
+from ernie45.server.schema.shared import Count, TokenId
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+Ids = Annotated[list[TokenId], Field(min_length=1)]
 MAX_PROMPTS = 128
 
 
@@ -19,7 +20,7 @@ class CompletionRequest(SamplingFields):
 
     prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     """Text, token ids, or a list of these."""
-    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    max_tokens: Count | None = None
     """0, with `echo`, scores the prompt alone."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None

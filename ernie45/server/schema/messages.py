@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from ernie45.server.schema.chat import MAX_MESSAGES
+from ernie45.server.schema.shared import MAX_MESSAGES, MAX_PARTS, Length, StopStrings, TopP
 from ernie45.server.schema.translated import TranslatedFields, tag_of
 
 
@@ -69,7 +69,7 @@ class ToolResultBlock(BaseModel):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[ResultPart] | None = None
+    content: str | Annotated[list[ResultPart], Field(max_length=MAX_PARTS)] | None = None
     is_error: bool | None = None
 
 
@@ -109,7 +109,7 @@ class Turn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Annotated[list[Block], Field(max_length=MAX_PARTS)]
 
 
 class MessageTool(BaseModel):
@@ -145,7 +145,7 @@ class ThinkingSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    budget_tokens: Length | None = None
     display: Literal["summarized", "omitted"] | None = None
     """summarized: the thought as it is. omitted: without its text."""
 
@@ -194,7 +194,7 @@ class CountRequest(TranslatedFields):
     )
 
     messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
-    system: str | list[TextBlock] | None = None
+    system: str | Annotated[list[TextBlock], Field(max_length=MAX_PARTS)] | None = None
     tools: Annotated[list[MessageTool], Field(max_length=128)] | None = None
     tool_choice: MessageToolChoice | None = None
     thinking: ThinkingSettings | None = None
@@ -204,11 +204,11 @@ class CountRequest(TranslatedFields):
 class MessagesRequest(CountRequest):
     """A conversation to go on with."""
 
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
+    max_tokens: Length
     """Where the context ends earlier, so does the message, with the stop reason model_context_window_exceeded."""
-    stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)] | None = None
+    stop_sequences: StopStrings | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     metadata: MessageMetadata | None = None
 
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from ernie45.server.schema.chat import MAX_MESSAGES
-from ernie45.server.schema.sampling import Count, ReasoningEffort
+from ernie45.server.schema.sampling import ReasoningEffort
+from ernie45.server.schema.shared import MAX_MESSAGES, MAX_PARTS, Count, Length, StopString, StopStrings, TopP
 from ernie45.server.schema.translated import TranslatedFields, tag_of
 
 _NOT_STORED = "nothing is stored here, send the whole conversation as input"
@@ -30,6 +30,9 @@ class ThoughtText(BaseModel):
 
     type: Literal["reasoning_text", "summary_text"]
     text: str
+
+
+_Thoughts = Annotated[list[ThoughtText], Field(max_length=MAX_PARTS)]
 
 
 class InputRefusal(BaseModel):
@@ -61,6 +64,7 @@ InputPart = Annotated[
         custom_error_message="Expected a part of type input_text, output_text, refusal or input_image",
     ),
 ]
+InputParts = Annotated[list[InputPart], Field(max_length=MAX_PARTS)]
 
 
 class InputMessage(BaseModel):
@@ -70,7 +74,7 @@ class InputMessage(BaseModel):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[InputPart]
+    content: str | InputParts
 
 
 class FunctionCallItem(BaseModel):
@@ -91,7 +95,7 @@ class FunctionCallOutputItem(BaseModel):
 
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[InputPart]
+    output: str | InputParts
 
 
 class ReasoningItem(BaseModel):
@@ -100,8 +104,8 @@ class ReasoningItem(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     type: Literal["reasoning"]
-    summary: list[ThoughtText] = []
-    content: list[ThoughtText] | None = None
+    summary: _Thoughts = []
+    content: _Thoughts | None = None
     encrypted_content: str | None = None
 
 
@@ -252,9 +256,9 @@ class ResponsesRequest(TranslatedFields):
     parallel_tool_calls: bool | None = None
     text: TextSettings | None = None
     reasoning: ReasoningSettings | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_output_tokens: Length | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: TopP | None = None
     include: list[Include] | None = None
     metadata: (
         Annotated[
@@ -264,7 +268,7 @@ class ResponsesRequest(TranslatedFields):
     ) = None
     store: bool | None = None
     """Accepted, and answered with `store: false`: nothing is kept."""
-    stop: str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)] | None = None
+    stop: StopString | StopStrings | None = None
     reasoning_max_tokens: Count | None = None
     """Most tokens of the thought."""
 

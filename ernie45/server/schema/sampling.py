@@ -11,12 +11,8 @@ from ernie45.errors import RequestError
 from ernie45.processing.constraint import Constraint, asked_constraint
 from ernie45.processing.tokenizer import Tokenizer
 from ernie45.server.errors import ApiError
+from ernie45.server.schema.shared import Length, SharedFields, StopString, StopStrings, TokenId, TopP
 
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
-
-_MAX_STOP = 64
 _MAX_IDS = 1024
 _CONSTRAINT_FIELDS = (
     "response_format",
@@ -94,29 +90,19 @@ class RepetitionDetection(BaseModel):
     min_tokens: Annotated[int, Field(ge=2, le=2**20)] = LoopDetection.min_tokens
 
 
-class SamplingFields(BaseModel):
-    """What chat and completions share. Fields that are absent or null take the model's defaults."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
+class SamplingFields(SharedFields):
+    """What chat and completions share beside that."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Length | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: TopP | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    seed: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
-    """-1, as some programs write it, draws one."""
-    stop: StopString | Annotated[list[StopString], Field(max_length=_MAX_STOP)] | None = None
+    stop: StopString | StopStrings | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=_MAX_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: Count | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=100)] | None = None
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
@@ -124,7 +110,7 @@ class SamplingFields(BaseModel):
         ]
         | None
     ) = None
-    bad_words: Annotated[list[StopString], Field(max_length=_MAX_STOP)] | None = None
+    bad_words: StopStrings | None = None
     bad_words_token_ids: Annotated[list[TokenId], Field(max_length=_MAX_IDS)] | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -134,8 +120,6 @@ class SamplingFields(BaseModel):
     return_token_ids: bool | None = None
     max_streaming_response_tokens: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Tokens per chunk at most before it is sent; 1 sends each as it comes."""
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ernie45.server.schema.chat import MAX_MESSAGES, ChatMessage, ChatTemplateKwargs, Tool
+from ernie45.server.schema.chat import ChatMessage, ChatTemplateKwargs, Tool
+from ernie45.server.schema.sampling import ReasoningEffort
+from ernie45.server.schema.shared import MAX_MESSAGES, TokenId
 
 
-class TokenizeRequest(BaseModel):
-    """Text, or a conversation."""
+class ConversationFields(BaseModel):
+    """The fields of a chat request that its prompt depends on."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = None
-    prompt: str | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     enable_thinking: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
     chat_template_kwargs: ChatTemplateKwargs | None = None
+    metadata: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
-    add_special_tokens: bool | None = None
-    """Understood, and of no effect: text is taken as it stands, and templates write their own."""
+    continue_final_message: bool | None = None
+
+
+class TokenizeRequest(ConversationFields):
+    """Text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    add_special_tokens: Literal[False] | None = None
+    """Text is taken as it stands, and templates write their own."""
     return_token_strs: bool = False
 
 
@@ -42,7 +51,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: list[TokenId]
 
 
 class Detokenized(BaseModel):

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any, ClassVar
 
 from ernie45.server.errors import ApiError
 from ernie45.server.schema.chat import ChatRequest
-from ernie45.server.schema.sampling import Count
-
-EXTENSIONS = (
-    "seed",
-    "top_k",
-    "min_p",
-    "min_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "cache_salt",
-    "priority",
-)
-"""Fields that mean what they mean in chat, and pass as they are."""
+from ernie45.server.schema.shared import SharedFields
 
 
-class TranslatedFields(BaseModel):
+class TranslatedFields(SharedFields):
     """Fields of chat that the published interfaces lack, and the account of those that nobody knows."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
 
     refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
     """By name: values that ask for nothing, and what to do instead of sending others."""
@@ -37,20 +20,11 @@ class TranslatedFields(BaseModel):
 
     model: str | None = None
     stream: bool | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    min_tokens: Count | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=1e-3, le=100)] | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
 
     @property
     def extensions(self) -> dict[str, Any]:
-        """The fields that pass as they are, for a chat request."""
-        return {name: getattr(self, name) for name in EXTENSIONS}
+        """The fields that mean what they mean in chat, and pass as they are."""
+        return {name: getattr(self, name) for name in SharedFields.model_fields}
 
     def unknown_fields(self) -> list[str]:
         """Fields that are ignored, to be named in a warning header. Raises: ApiError for those that cannot be honoured."""

@@ -1,0 +1,89 @@
+"""The least number of ids that a text can become, told without encoding: never more than it does become, and not idle."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ernie45.processing.prompt import RenderedPrompt, Segment
+from ernie45.processing.tokenizer import Tokenizer, load_tokenizer
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.text(
+    " \u3000the quick▁\n<|im_start|>0你好", max_size=200
+)
+
+
+@pytest.fixture(scope="module", params=["ernie_folder", "bpe_folder"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    """Those whose texts survive encoding."""
+    return load_tokenizer(request.getfixturevalue(request.param))
+
+
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_no_text_becomes_fewer(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text  # why that is so
+
+
+def test_it_is_the_length_in_bytes_by_that_of_the_longest_token(tokenizer: Tokenizer) -> None:
+    longest = max(
+        len(data) for idx, data in enumerate(tokenizer.vocabulary.data) if idx not in tokenizer.special_tokens.values()
+    )
+    assert tokenizer.least_tokens("") == 0
+    assert tokenizer.least_tokens("好" * longest) == 3
+    assert tokenizer.least_tokens("x" * (longest + 1)) == 2
+
+
+def test_special_tokens_that_a_template_wrote_are_no_text(tokenizer: Tokenizer) -> None:
+    marker = "<|im_start|>"
+    written = RenderedPrompt([Segment(marker, True)] * 1000)
+    assert len(tokenizer.encode(written)) == 1000
+    assert tokenizer.least_tokens(written) == 0
+    assert tokenizer.least_tokens(marker * 1000) > 0
+
+
+@pytest.mark.parametrize(
+    "settings_of_training",
+    [
+        {"remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"byte_fallback": False, "vocab_size": 300},
+    ],
+)
+def test_where_text_may_be_lost_nothing_is_said(
+    make_sentencepiece: Any, tmp_path: Path, settings_of_training: dict[str, Any]
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(make_sentencepiece(**settings_of_training))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    assert load_tokenizer(tmp_path).least_tokens("x" * 100_000) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFKC"}},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, {"type": "ByteLevel"}]}},
+        {"pre_tokenizer": {"type": "Digits"}},
+        {"pre_tokenizer": None},
+    ],
+)
+def test_other_steps_of_a_byte_level_tokenizer_may_lose_text(
+    bpe_folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    definition = json.loads((bpe_folder / "tokenizer.json").read_text())
+    for step in [change.get("pre_tokenizer") or {}, *(change.get("pre_tokenizer") or {}).get("pretokenizers", [])]:
+        if step.get("type") == "ByteLevel":
+            step.update({"add_prefix_space": False, "trim_offsets": True, "use_regex": True})
+        if step.get("type") == "Digits":
+            step["individual_digits"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**definition, **change}))
+    (tmp_path / "tokenizer_config.json").write_text((bpe_folder / "tokenizer_config.json").read_text())
+    assert load_tokenizer(tmp_path).least_tokens("x" * 100_000) == 0
+
+
+def test_a_llama_style_tokenizer_says_nothing(llama_json_folder: Path) -> None:
+    assert load_tokenizer(llama_json_folder).least_tokens("x" * 100_000) == 0
