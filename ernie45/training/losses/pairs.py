@@ -97,8 +97,5 @@ def log1mexp(x: Tensor) -> Tensor:
     Above -eps of the dtype x counts as -eps, where the value is about -16 in float32 and no gradient passes.
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
-    near = x > -math.log(2)
-    # Both branches are computed: each sees only what it can stand, or its nan would reach the gradient of the other.
-    close = torch.where(near, x, -1.0).expm1().neg().log()
-    far = torch.where(near, -1.0, x).exp().neg().log1p()
-    return torch.where(near, close, far)
+    # Bounded like that, both branches and their gradients are finite everywhere: neither spoils the other.
+    return torch.where(x > -math.log(2), x.expm1().neg().log(), x.exp().neg().log1p())
