@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ernie45.errors import ConfigError
 from ernie45.processing.formats import END_OF_SENTENCE
@@ -50,10 +52,10 @@ class Encoded:
 
     def document(self, origin: str, num_unread: int = 1) -> Document:
         """As a document whose last `num_unread` tokens are targets alone."""
-        targets = None if self.targets == self.ids else torch.tensor(self.targets)
+        targets = None if self.targets == self.ids else int64s(self.targets)
         return Document(
-            ids=torch.tensor(self.ids),
-            learnt=torch.tensor(self.learnt),
+            ids=int64s(self.ids),
+            learnt=bools(self.learnt),
             targets=targets,
             num_unread=num_unread,
             origin=origin,
@@ -221,6 +223,16 @@ class _Tokens:
         # Some vocabularies put a space before text that begins a prompt. A special token in front says that this does not.
         before = Segment(next(iter(self._tokenizer.special_tokens)), True)
         return self._tokenizer.encode(RenderedPrompt([before, *segments]))[1:]
+
+
+def int64s(values: list[int]) -> Tensor:
+    """As a tensor; through numpy, which takes an eighth of the time that torch takes for lists."""
+    return torch.from_numpy(np.array(values, dtype=np.int64))
+
+
+def bools(values: list[bool]) -> Tensor:
+    """As `int64s`."""
+    return torch.from_numpy(np.array(values, dtype=np.bool_))
 
 
 def with_chat_format(tokenizer: Tokenizer, chat_format: str | None) -> Tokenizer:

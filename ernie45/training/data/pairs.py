@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ernie45.errors import RequestError, ShapeError
 from ernie45.training.data.config import DataConfig
-from ernie45.training.data.encoding import ChatEncoder, Encoded
+from ernie45.training.data.encoding import ChatEncoder, Encoded, bools, int64s
 from ernie45.training.data.fitting import Fitted, num_exchanges, refuse_long, shortest_loss, without_exchanges
 from ernie45.training.data.rows import KtoRow, Messages, PreferenceRow, RowDroppedError
 
@@ -106,11 +106,11 @@ def fit_pair(encoder: ChatEncoder, row: PreferenceRow, config: DataConfig) -> Fi
     fitted = _fit(whole, split, row, config)
     chosen, rejected = fitted.sides
     pair = PreferencePair(
-        prompt=torch.tensor(fitted.prompt),
-        chosen=torch.tensor(chosen.ids),
-        chosen_learnt=torch.tensor(chosen.scored),
-        rejected=torch.tensor(rejected.ids),
-        rejected_learnt=torch.tensor(rejected.scored),
+        prompt=int64s(fitted.prompt),
+        chosen=int64s(chosen.ids),
+        chosen_learnt=bools(chosen.scored),
+        rejected=int64s(rejected.ids),
+        rejected_learnt=bools(rejected.scored),
         score_chosen=row.score_chosen,
         score_rejected=row.score_rejected,
         origin=row.origin,
@@ -129,9 +129,9 @@ def fit_kto(encoder: ChatEncoder, row: KtoRow, config: DataConfig) -> Fitted[Kto
     fitted = _fit(whole, split, row, config)
     (side,) = fitted.sides
     example = KtoExample(
-        prompt=torch.tensor(fitted.prompt),
-        completion=torch.tensor(side.ids),
-        learnt=torch.tensor(side.scored),
+        prompt=int64s(fitted.prompt),
+        completion=int64s(side.ids),
+        learnt=bools(side.scored),
         desirable=row.desirable,
         origin=row.origin,
     )

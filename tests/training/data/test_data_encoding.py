@@ -165,6 +165,22 @@ def test_the_prompt_is_the_one_of_serving(name: str, tokenizer_of: TokenizerOf) 
         assert encoded.answers[0][1:] == (len(prompt), len(encoded.ids))
 
 
+def test_ids_and_marks_are_those_of_transformers(vocabulary: Path, tokenizer_of: TokenizerOf) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(vocabulary / "tokenizer.json"))
+    theirs.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}"
+        "{% else %}{{ m['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    )
+    dialogue = [SYSTEM, user("what is the fox?"), answer("the quick one"), user("ü 好"), answer("a dog\n\nx")]
+    expected = theirs.apply_chat_template(dialogue, return_dict=True, return_assistant_tokens_mask=True)
+    encoded = ChatEncoder(tokenizer_of("chatml")).encode(tuple(dialogue))
+    newline = len(tokenizer_of("chatml").encode("\n"))
+    assert encoded.ids == expected["input_ids"][:-newline], "all but the newline behind the last answer"
+    assert encoded.learnt == [bool(mark) for mark in expected["assistant_masks"][:-newline]]
+
+
 def test_ends_inside_a_dialogue_learn_the_end_token(ernie: Tokenizer) -> None:
     encoded = ChatEncoder(ernie).encode(TWO)
     separator, end = (ernie.special_tokens[text] for text in ("<|end_of_sentence|>", "</s>"))
