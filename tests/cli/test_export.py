@@ -141,7 +141,7 @@ def test_a_copy_that_computes_something_else_is_not_kept(
     assert ernie("export", "tiny", target, "--to", to).code == 0
     before = {p.name: p.read_bytes() for p in ([tmp_path / target] if to == "gguf" else (tmp_path / target).iterdir())}
     names = sorted(path.name for path in tmp_path.iterdir())
-    right = exporting._merged
+    right: Any = exporting._merged
 
     def wrong(base: Any, adapter: Any) -> Any:
         source = right(base, adapter)
