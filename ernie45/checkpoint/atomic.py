@@ -57,6 +57,21 @@ def atomic_folder(dst: Path | str, *, overwrite: bool = False) -> Iterator[Path]
         raise
 
 
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a fresh hidden folder beside what will become `target`; it is removed when the block ends, or by the next run for
+    that target if this one is killed. Parents of `target` are made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _clean_up_after_killed_runs(target)
+    scratch = partial_path(target)
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def check_folder_target(target: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError if a folder cannot become `target`: something is there that may not be replaced."""
     if not os.path.lexists(target):

@@ -13,8 +13,8 @@ from ernie45.models.text import CausalLM
 
 _LENGTHS = (24, 17, 7)
 _SEED = 45
-# Largest difference over largest logit. float32: sums in another order (1e-5 measured). Narrow dtypes round every weight once, by
-# up to 2^-9 (bfloat16) and 2^-12 (float16) of its value.
+# Largest difference over largest logit. Measured after merging on a dense model of 135 M parameters: 3e-6 in float32, 0.002 in
+# float16, 0.007 in bfloat16. A mixture loses more where rounding sends a token to another expert.
 _TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 8e-2}
 
 

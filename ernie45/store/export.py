@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ernie45.checkpoint.atomic import atomic_folder, partial_path
+from ernie45.checkpoint.atomic import atomic_folder, scratch_folder
 from ernie45.checkpoint.load import load_model
 from ernie45.checkpoint.source import Source, open_source
 from ernie45.checkpoint.write import write_folder, write_gguf
@@ -174,14 +173,9 @@ def _candidate(dst: Path, to: Format, overwrite: bool) -> Iterator[Path]:
             yield partial
         return
     target = Path(os.path.abspath(dst))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = partial_path(target)
-    scratch.mkdir()
-    try:
+    with scratch_folder(target) as scratch:
         yield scratch / target.name
         os.replace(scratch / target.name, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write(

@@ -13,8 +13,9 @@ import torch
 import ernie45
 from ernie45.checkpoint.load import load_model
 from ernie45.errors import RequestError
-from ernie45.evaluation.perplexity import perplexity
+from ernie45.evaluation.perplexity import Perplexity, perplexity
 from ernie45.evaluation.subject import Continuation, NetworkSubject, Query
+from ernie45.kernels.choice import native
 from ernie45.training.lora.adapter import add_lora
 from ernie45.training.lora.config import LoraConfig
 from ernie45.training.lora.write import save_adapter
@@ -90,14 +91,28 @@ def test_perplexity(ernie: Ernie, tiny: Path, tmp_path: Path) -> None:
     assert "tokens          29 in windows of 256, 256 apart" in shown
 
 
-@pytest.mark.parametrize("kernels", ["native", "reference"])
-def test_kernels_agree(ernie: Ernie, tmp_path: Path, kernels: str) -> None:
+def test_kernels_are_chosen(ernie: Ernie, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    found = [
+    seen: list[bool] = []
+
+    def spy(*arguments: Any, **named: Any) -> Perplexity:
+        seen.append(native() is None)
+        return perplexity(*arguments, **named)
+
+    monkeypatch.setattr("ernie45.cli.eval.perplexity", spy)
+    assert ernie("eval", "tiny", "--ppl", "text.txt", "--kernels", "reference").code == 0
+    assert ernie("eval", "tiny", "--ppl", "text.txt").code == 0
+    assert seen == [True, native() is None]
+
+
+def test_dtype_is_computed_in(ernie: Ernie, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    wide, narrow = (
         json.loads(ernie("eval", "tiny", "--ppl", "text.txt", "--json", *more).out)["nats_per_token"]
-        for more in ([], ["--kernels", kernels])
-    ]
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
+        for more in ([], ["--dtype", "bfloat16"])
+    )
+    assert wide != narrow
+    assert wide == pytest.approx(narrow, rel=0.02)
 
 
 def test_an_adapter_is_evaluated_with_its_model(ernie: Ernie, tiny: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import ernie45
+from ernie45.checkpoint.atomic import partial_path
 from ernie45.checkpoint.load import load_model
 from ernie45.errors import CheckpointError, NotFoundError
 from ernie45.store import export as exporting
@@ -141,7 +142,7 @@ def test_a_copy_that_computes_something_else_is_not_kept(
     assert ernie("export", "tiny", target, "--to", to).code == 0
     before = {p.name: p.read_bytes() for p in ([tmp_path / target] if to == "gguf" else (tmp_path / target).iterdir())}
     names = sorted(path.name for path in tmp_path.iterdir())
-    right = exporting._merged
+    right: Any = exporting._merged
 
     def wrong(base: Any, adapter: Any) -> Any:
         source = right(base, adapter)
@@ -221,6 +222,17 @@ def test_a_network_in_memory_is_saved_with_everything(
     with pytest.raises(CheckpointError, match="merge an adapter first"):
         ernie45.save_model(model, tmp_path / "n")
     assert not (tmp_path / "n").exists()
+
+
+def test_what_a_killed_export_left_is_cleared_away(ernie: Ernie, tmp_path: Path) -> None:
+    for target, to in (("out.gguf", "gguf"), ("out", "pt")):
+        mine = partial_path(tmp_path / target)
+        owner = mine.name.split("partial-")[1].split("-")[0]
+        left = mine.with_name(mine.name.replace(owner, "4194305.1"))  # no process has a number above 4194304
+        left.mkdir()
+        (left / "half").write_text("half")
+        assert ernie("export", "tiny", target, "--to", to).code == 0
+        assert not left.exists()
 
 
 def test_runs_without_a_checkpoint(tmp_path: Path) -> None:

@@ -99,9 +99,11 @@ def test_items_must_be_told_apart() -> None:
     item = Choice(id="a", context="?", choices=("x", "y"), answer=0)
     with pytest.raises(ConfigError, match="2 items have 1 different ids"):
         ChoiceTask("t", [item, item])
-    for fields in ({"choices": ("x",)}, {"answer": 2}, {"answer": -1}, {"choices": ("x", "")}):
+    good: dict[str, Any] = {"id": "a", "context": "?", "choices": ("x", "y"), "answer": 0}
+    wrong: list[dict[str, Any]] = [{"choices": ("x",)}, {"answer": 2}, {"answer": -1}, {"choices": ("x", "")}]
+    for fields in wrong:
         with pytest.raises(ConfigError, match="item a"):
-            Choice(**({"id": "a", "context": "?", "choices": ("x", "y"), "answer": 0} | fields))
+            Choice(**(good | fields))
     with pytest.raises(ConfigError, match="no answer"):
         Question(id="a", prompt="?", answers=())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from ernie45.checkpoint.load import load_model
+from ernie45.models.build import build_model
+from ernie45.models.init import initialize
 from ernie45.models.text import CausalLM
 from ernie45.training.lora.adapter import add_lora, lora_parameters
 from ernie45.training.lora.config import LoraConfig
@@ -146,6 +149,20 @@ def test_both_learn_the_same(pair: Pair, tmp_path: Path, dora: bool) -> None:
             torch.testing.assert_close(gradient[here], learning[q.format(part)].grad, rtol=1e-3, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(ours(IDS), their_logits(wrapped), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_peft_passes_over_the_prediction_block(pair: Pair, tmp_path: Path) -> None:
+    theirs, ours = pair(DENSE)
+    model = build_model(replace(ours.config, num_nextn_predict_layers=1)).eval()
+    initialize(model, std=0.1)
+    model.load_state_dict(ours.state_dict(), strict=False)
+    adapter = add_lora(model, LoraConfig(mtp=True), seed=0)
+    fill(dict(lora_parameters(model)))
+    (note,) = save_adapter(adapter, model.config, tmp_path / "adapter")
+    assert "prediction block" in note
+    loaded = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(their_logits(loaded), model(IDS), rtol=1e-4, atol=1e-5)
 
 
 def test_peft_resumes_from_ours(pair: Pair, tmp_path: Path) -> None:

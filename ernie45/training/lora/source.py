@@ -26,8 +26,8 @@ class AdaptedSource(Source):
             raise CheckpointError(f"{base.where}: the adapter changes {missing[0]}, which this network has not")
 
     def read(self, stored: Stored, rows: tuple[int, int] | None = None) -> Tensor:
-        """As the base has it, without the adapter: stored tensors may be quantized or hold several parameters."""
-        return self._base.read(stored, rows)
+        """Never: a stored tensor may hold parts of several parameters, and what has an adapter is asked for by box."""
+        raise AssertionError(f"{stored.name} was asked for as it is stored, without its adapter")
 
     def stored_dtype(self, stored: Stored) -> torch.dtype:
         return self._base.stored_dtype(stored)
