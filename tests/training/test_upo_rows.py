@@ -329,6 +329,20 @@ def assert_same(found: Sequence[Any], expected: Sequence[Any]) -> None:
         assert torch.equal(pair.prompt, same.prompt)
 
 
+def test_passes_are_as_large_as_they_may_be(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = TrainingNetwork(small_model())
+    sizes: list[int] = []
+    run = network.run
+    monkeypatch.setattr(network, "run", lambda batch: sizes.append(len(batch.items)) or run(batch))
+    groups = [
+        take(stream(small_model, network=network, rollout={"max_pass_tokens": limit}, rows_per_step=4), 4)
+        for limit in (8192, 1)
+    ]
+    assert sizes == [4, 1, 1, 1, 1]
+    for whole, alone in zip(*groups, strict=True):
+        torch.testing.assert_close(whole.old_L, alone.old_L, atol=1e-5, rtol=1e-5)
+
+
 def test_parts_are_given_where_they_are_read(small_model: Any) -> None:
     offline = {"preference_weight": 1.0, "pair_source": "offline"}
     for policy, parts, message in (
