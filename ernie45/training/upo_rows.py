@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie45.errors import ConfigError, ShapeError
-from ernie45.training.branches import BranchBatch, in_chunks
+from ernie45.training.branches import BranchBatch, in_chunks, measuring
 from ernie45.training.data.pairs import PreferencePair
 from ernie45.training.objective import RowStream
 from ernie45.training.prompts import Prompt, derived_seed
@@ -196,13 +196,13 @@ class UpoRows:
                 done.append(replace(group, **own))
         return done
 
-    @torch.no_grad()
     def _computed(self, batch: BranchBatch) -> dict[str, Tensor]:
         """What is asked of the networks, by its name in `Group`."""
         found: dict[str, Tensor] = {}
         asks_policy = self.config.policy and self.rollout.old_logprobs == "policy"
         if asks_policy or self._critic is not None:
-            logprobs_L, values_L = logprobs_and_values(self._network, batch, self._critic)
+            with measuring(self._network):
+                logprobs_L, values_L = logprobs_and_values(self._network, batch, self._critic)
             if asks_policy:
                 found["old_L"] = logprobs_L
             if values_L is not None:

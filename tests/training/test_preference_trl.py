@@ -128,7 +128,7 @@ def test_kto_step(transformers_model: Any, tmp_path: Path) -> None:
 
     config = KtoConfig(beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
     objective = KtoObjective(config, FrozenCopy(frozen), network)
-    packed = objective.collate([[as_example(*row, good)] for row, good in zip(rows, labels, strict=True)])
+    packed = objective.collate([[as_example(row[0], row[1], good)] for row, good in zip(rows, labels, strict=True)])
     loss = objective.loss(network, packed, objective.totals([packed]))
     loss.total.backward()
     torch.testing.assert_close(loss.total.detach(), expected.detach(), atol=1e-5, rtol=1e-5)
