@@ -11,7 +11,8 @@ Shape letters: T packed tokens, L scored tokens (of all answers, one behind the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -172,6 +173,19 @@ def branch_logprobs(network: Any, batch: BranchBatch) -> Tensor:
     """
     hidden_TH = network.run(batch).hidden_TH
     return label_logprobs(network, hidden_TH.index_select(0, batch.rows_L), batch.labels_L)
+
+
+@contextmanager
+def measuring(network: Any) -> Iterator[None]:
+    """Within the block nothing is learnt: no gradient is recorded, and no adapter drops anything."""
+    model = network.model
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def in_chunks(items: Iterable[Branches], max_tokens: int) -> list[list[Branches]]:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ernie45.errors import ShapeError
-from ernie45.training.branches import AnswerIds, BranchBatch, Branches, branch_logprobs
+from ernie45.training.branches import AnswerIds, BranchBatch, Branches, branch_logprobs, measuring
 from ernie45.training.data.pairs import KtoExample
 from ernie45.training.losses.kto import KtoConfig, kl_estimate, kto_losses, kto_metrics
 from ernie45.training.objective import Loss
-from ernie45.training.reference_policy import FrozenCopy, TokenReference
+from ernie45.training.reference_policy import TokenReference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +66,9 @@ class KtoObjective:
         """Counts of the step, and the distance of policy and reference. Raises: ShapeError for a step of one answer."""
         good_N = torch.cat([batch.good_N for batch in batches])
         mismatched = _mismatched(batches)
-        with torch.no_grad():
+        with measuring(self._network):
             policy = torch.cat([batch.sums(branch_logprobs(self._network, batch)) for batch in mismatched])
-            reference = torch.cat([self.reference.sums(batch) for batch in mismatched])
+        reference = torch.cat([self.reference.sums(batch) for batch in mismatched])
         num_good = int(good_N.sum())
         return KtoTotals(num_good=num_good, num_bad=len(good_N) - num_good, kl=kl_estimate(policy, reference))
 
@@ -87,11 +87,6 @@ class KtoObjective:
     def num_tokens(self, batch: KtoBatch) -> int:
         """Tokens that the network reads with a gradient."""
         return batch.packed.num_tokens
-
-    def after_step(self, network: Any, step: int) -> None:
-        """Refresh the reference if it is time; `step` steps are done."""
-        if isinstance(self.reference, FrozenCopy):
-            self.reference.after_step(network, step)
 
 
 def _branches(example: KtoExample) -> Branches:

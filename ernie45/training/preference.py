@@ -26,7 +26,7 @@ from ernie45.training.losses.preference import (
     preference_metrics,
 )
 from ernie45.training.objective import Loss
-from ernie45.training.reference_policy import FrozenCopy, Reference
+from ernie45.training.reference_policy import Reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +112,6 @@ class PreferenceObjective:
     def num_tokens(self, batch: PairBatch) -> int:
         """Tokens that the network reads; the reference's are not counted."""
         return batch.packed.num_tokens
-
-    def after_step(self, network: Any, step: int) -> None:
-        """Refresh the reference if it is time; `step` steps are done."""
-        if isinstance(self.reference, FrozenCopy):
-            self.reference.after_step(network, step)
 
 
 def pair_branches(pair: PreferencePair) -> Branches:

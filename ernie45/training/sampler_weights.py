@@ -85,6 +85,6 @@ def _check_names(tensors: Mapping[str, Tensor], network: nn.Module) -> None:
     different = sorted(set(tensors) ^ wanted.keys())
     if different:
         raise CheckpointError(
-            f"the trained network and the one that samples differ: {different[0]!r} is in one of the two alone. Make the second "
-            "one with sampler_twin"
+            f"the trained network and the one that samples differ: {different[0]!r} is in one of the two alone. The second one is made "
+            "with sampler_twin; packed weights cannot be sampled from while an adapter on them learns: load them in floating point"
         )

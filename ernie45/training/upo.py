@@ -32,7 +32,7 @@ from ernie45.training.losses.preference import combine, preference_losses, prefe
 from ernie45.training.losses.upo import upo_loss
 from ernie45.training.objective import Loss
 from ernie45.training.preference import pair_scores
-from ernie45.training.reference_policy import FrozenCopy, Reference
+from ernie45.training.reference_policy import Reference
 from ernie45.training.upo_batch import Group, UpoBatch, collate_groups
 from ernie45.training.upo_config import RolloutConfig, UpoConfig
 from ernie45.training.values import Critic, values_of
@@ -106,11 +106,6 @@ class UpoObjective:
     def num_tokens(self, batch: UpoBatch) -> int:
         """Tokens that the network reads with a gradient."""
         return batch.packed.num_tokens
-
-    def after_step(self, network: Any, step: int) -> None:
-        """Refresh the reference if it is time; `step` steps are done."""
-        if isinstance(self.reference, FrozenCopy):
-            self.reference.after_step(network, step)
 
     def _policy_part(
         self, batch: UpoBatch, totals: UpoTotals, logprobs_P: Tensor, entropy_P: Tensor, values_P: Tensor | None

@@ -15,36 +15,24 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ernie45.errors import ConfigError, ShapeError
-from ernie45.training.branches import BranchBatch, in_chunks
+from ernie45.errors import ConfigError
+from ernie45.training.branches import BranchBatch, in_chunks, measuring
 from ernie45.training.data.pairs import PreferencePair
 from ernie45.training.objective import RowStream
 from ernie45.training.prompts import Prompt, derived_seed
 from ernie45.training.reference_policy import TokenReference
-from ernie45.training.rewards import Judged, Rewards, Score
-from ernie45.training.rollout import Completion, Generator
-from ernie45.training.upo_batch import Group, decode_group, encode_group, sampled_branches
+from ernie45.training.rewards import Judged, Rewards
+from ernie45.training.rollout import Generator
+from ernie45.training.upo_batch import Group, decode_group, encode_group
 from ernie45.training.upo_config import RolloutConfig, UpoConfig
 from ernie45.training.upo_credit import group_numbers, with_advantages, with_pairs
+from ernie45.training.upo_sampled import Sampled, group_of
 from ernie45.training.values import logprobs_and_values
-
-
-class Sampled(NamedTuple):
-    """A prompt, its answers, and what they are worth."""
-
-    prompt: Prompt
-    answers: Sequence[Completion]
-    scores: Sequence[Score]
-
-    @property
-    def rewards(self) -> list[float]:
-        """Of each answer."""
-        return [score.total for score in self.scores]
 
 
 class UpoRows:
@@ -135,7 +123,7 @@ class UpoRows:
         """One rollout."""
         self._generator.sync(self._network.model)
         sampled, share_kept = self._draw(self._rows_per_step * self.rollout.num_minibatches)
-        groups = self._with_passes([_group(one, share_kept) for one in sampled])
+        groups = self._with_passes([group_of(one, share_kept) for one in sampled])
         if self.config.policy:
             subsets = [one.prompt.subset for one in sampled]
             groups = with_advantages(groups, subsets if self.rollout.normalize_rewards else None, self.config)
@@ -196,13 +184,13 @@ class UpoRows:
                 done.append(replace(group, **own))
         return done
 
-    @torch.no_grad()
     def _computed(self, batch: BranchBatch) -> dict[str, Tensor]:
         """What is asked of the networks, by its name in `Group`."""
         found: dict[str, Tensor] = {}
         asks_policy = self.config.policy and self.rollout.old_logprobs == "policy"
         if asks_policy or self._critic is not None:
-            logprobs_L, values_L = logprobs_and_values(self._network, batch, self._critic)
+            with measuring(self._network):
+                logprobs_L, values_L = logprobs_and_values(self._network, batch, self._critic)
             if asks_policy:
                 found["old_L"] = logprobs_L
             if values_L is not None:
@@ -210,41 +198,6 @@ class UpoRows:
         if self._reference is not None:
             found["reference_L"] = self._reference.logprobs(batch)
         return found
-
-
-def _group(sampled: Sampled, share_kept: float) -> Group:
-    """What is known without another pass. Raises: ShapeError if the generator gave no log-probabilities."""
-    for answer in sampled.answers:
-        if len(answer.logprobs) != len(answer.ids):
-            raise ShapeError(
-                f"the generator gave {len(answer.logprobs)} log-probabilities with an answer of {len(answer.ids)} tokens, expected "
-                "one for each"
-            )
-    sampler_L = torch.tensor([logprob for answer in sampled.answers for logprob in answer.logprobs])
-    prompt = sampled.prompt
-    return Group(
-        branches=sampled_branches(prompt.ids, [answer.ids for answer in sampled.answers], prompt.origin),
-        sampler_L=sampler_L,
-        old_L=sampler_L,
-        advantages_L=torch.zeros_like(sampler_L),
-        rewards_A=torch.tensor(sampled.rewards),
-        logged={"rollout/prompts_kept": share_kept, **_statistics(sampled)},
-    )
-
-
-def _statistics(sampled: Sampled) -> dict[str, float]:
-    """Means over the answers to one prompt, by their names in the log."""
-    count, rewards = len(sampled.answers), sampled.rewards
-    means = {
-        "rewards/score": sum(rewards) / count,
-        "rewards/spread": max(rewards) - min(rewards),
-        "rollout/answer_tokens": sum(len(answer.ids) for answer in sampled.answers) / count,
-        "rollout/cut": sum(not answer.finished for answer in sampled.answers) / count,
-        "rollout/failed_rewards": sum(score.num_failed for score in sampled.scores) / count,
-    }
-    for name in sampled.scores[0].parts:
-        means[f"rewards/score/{name}"] = sum(score.parts[name] for score in sampled.scores) / count
-    return means
 
 
 def _check_parts(config: UpoConfig, **parts: object) -> None:

@@ -12,9 +12,7 @@ from ernie45.errors import CheckpointError, ConfigError, NotFoundError
 from ernie45.training.branches import AnswerIds, BranchBatch, Branches, branch_logprobs
 from ernie45.training.lora.adapter import adapter_off, add_lora
 from ernie45.training.lora.config import LoraConfig
-from ernie45.training.losses.preference import PreferenceConfig
 from ernie45.training.network import TrainingNetwork
-from ernie45.training.preference import PreferenceObjective
 from ernie45.training.reference_policy import (
     AdapterOff,
     CachedReference,
@@ -55,13 +53,12 @@ def test_a_frozen_copy_stays_where_it_was(small_model: Any) -> None:
 def test_it_is_refreshed_when_it_is_time(small_model: Any) -> None:
     network = TrainingNetwork(small_model())
     reference, batch = FrozenCopy.of(network, refresh_steps=3), BranchBatch.of_items(ITEMS)
-    objective = PreferenceObjective(PreferenceConfig(), reference)
     shake(network.model)
     now = branch_logprobs(network, batch).detach()
     for step in (1, 2):
-        objective.after_step(network, step)
+        assert not reference.after_step(network, step)
         assert not torch.allclose(reference.logprobs(batch), now, atol=1e-3)
-    objective.after_step(network, 3)
+    assert reference.after_step(network, 3)
     torch.testing.assert_close(reference.logprobs(batch), now, atol=0, rtol=0)
     with pytest.raises(ConfigError, match="refresh_steps is -1"):
         FrozenCopy(TrainingNetwork(small_model()), refresh_steps=-1)
@@ -96,11 +93,20 @@ def test_adapters_off_is_the_network_without_them(small_model: Any) -> None:
     torch.testing.assert_close(reference.sums(batch), plain.sums(batch), atol=1e-4, rtol=1e-5)
 
 
-def test_sums_from_a_file(small_model: Any, tmp_path: Path) -> None:
+def test_sums_from_a_file(small_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(moe=True)
     network, path = TrainingNetwork(model), tmp_path / "reference.safetensors"
     live, name = FrozenCopy.of(network), weights_hash(model)
-    write_reference_cache(path, live, ITEMS, model_hash=name, max_tokens=12)
+    passes: list[int] = []
+    sums = live.sums
+
+    def counted(batch: BranchBatch) -> torch.Tensor:
+        passes.append(len(batch.items))
+        return sums(batch)
+
+    monkeypatch.setattr(live, "sums", counted)
+    write_reference_cache(path, live, ITEMS, model_hash=name, max_tokens=16)
+    assert passes == [2, 1], "9 and 7 tokens, then 7 that have no room beside them"
     cached = CachedReference(path, model_hash=name)
     assert len(cached) == 3, "equal rows are computed once"
     shake(model)

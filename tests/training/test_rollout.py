@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +69,7 @@ def test_what_cannot_be_shared_is_copied(small_model: Any) -> None:
 def test_adapters_arrive_merged(small_model: Any) -> None:
     model = small_model(moe=True)
     add_lora(model, LoraConfig(rank=4), seed=0)
+    TrainingNetwork(model)
     twin = sampler_twin(model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -140,3 +143,12 @@ def test_forgetting_prefixes_leaves_no_page_cached(small_model: Any, tokenizer: 
     assert llm.stats().pages.cached == 0
     (answer,) = llm.generate([PROMPTS[2]], params)
     assert answer.usage.cached_tokens == 0
+
+
+def test_training_imports_neither_engine_nor_server() -> None:
+    """Generation is handed in: the folder of the engine stands above this one."""
+    folder = Path(ernie45.__file__).parent / "training"
+    above = re.compile(r"^\s*(?:from|import) ernie45\.(?:engine|server|llm|worker|cli)\b", re.MULTILINE)
+    files = list(folder.rglob("*.py"))
+    assert len(files) > 20
+    assert [file.name for file in files if above.search(file.read_text(encoding="utf-8"))] == []

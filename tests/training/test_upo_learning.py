@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import ernie45
 from ernie45.config.model import ModelConfig
 from ernie45.models.build import build_model
 from ernie45.models.init import initialize
@@ -19,7 +20,8 @@ from ernie45.training.network import TrainingNetwork
 from ernie45.training.prompts import Prompt, PromptList
 from ernie45.training.reference_policy import FrozenCopy
 from ernie45.training.rewards import RewardConfig, Rewards
-from ernie45.training.rollout import Completion
+from ernie45.training.rollout import Completion, LlmGenerator
+from ernie45.training.sampler_weights import sampler_twin
 from ernie45.training.upo import UpoObjective
 from ernie45.training.upo_config import RolloutConfig, UpoConfig
 from ernie45.training.upo_rows import UpoRows
@@ -114,3 +116,42 @@ def test_it_learns_what_is_rewarded(reward: Rewards, method: str) -> None:
         scores.append(float(loss.logged["rewards/score"]))
     assert sum(scores[:2]) / 2 < 0.2
     assert sum(scores[-2:]) / 2 > 0.8, scores
+
+
+def test_the_engine_samples_from_the_policy_of_each_step(
+    small_model: Any, train_byte_level: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the serving engine over shared weights: at every step its probabilities are those of the network that trains."""
+    module = ModuleType("engine_rewards")
+    module.letters = lambda prompt, answer, row: float(len(answer))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "engine_rewards", module)
+    tokenizer = ernie45.load_tokenizer(train_byte_level(["one two three"], special=["<s>", "</s>"], bos="<s>"))
+    model = small_model(moe=True, vocab_size=tokenizer.vocab_size)
+    network, config = TrainingNetwork(model), UpoConfig(kl_weight=0.05, kl_in="loss")
+    settings = RolloutConfig(num_answers=4, max_tokens=6, num_epochs=2)
+    llm = ernie45.LLM(sampler_twin(model), tokenizer=tokenizer, max_model_len=64)
+    objective = UpoObjective(config, settings, hidden_size=48)
+    rows = UpoRows(
+        config,
+        settings,
+        network=network,
+        generator=LlmGenerator(llm, params=ernie45.SamplingParams),
+        prompts=PromptList([Prompt(ids=tuple(range(20, 52 + number))) for number in range(4)]),
+        rewards=Rewards([RewardConfig(function="engine_rewards:letters")]),
+        rows_per_step=2,
+        reference=FrozenCopy.of(network),
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    logged = []
+    for _ in range(6):
+        batch = objective.collate([rows.next_row() for _ in range(2)])
+        optimizer.zero_grad()
+        loss = objective.loss(network, batch, objective.totals([batch]))
+        loss.total.backward()
+        optimizer.step()
+        logged.append({name: float(value) for name, value in loss.logged.items()})
+    assert [one["policy/staleness_steps"] for one in logged] == [0, 1, 0, 1, 0, 1]
+    assert all(one["policy/sampler_kl"] < 1e-6 for one in logged[::2]), "fresh answers come from the policy itself"
+    assert all(one["policy/sampler_kl"] > 1e-4 for one in logged[1::2]), "a step later they do not"
+    assert logged[0]["policy/reference_kl"] < 1e-6
+    assert logged[-1]["policy/reference_kl"] > 1e-3

@@ -31,6 +31,25 @@ def test_every_form_is_encoded_as_serving_does(tokenizer: Any) -> None:
     assert (plain.ids, plain.text) == (tuple(tokenizer.encode("one two")), "one two")
 
 
+def test_tools_and_thinking_reach_the_template() -> None:
+    seen: list[Any] = []
+
+    class Template:
+        """What of a tokenizer is asked."""
+
+        def render(self, messages: Any, tools: Any, *, thinking: bool | None) -> str:
+            seen.append((tools, thinking))
+            return "x"
+
+        def encode(self, text: str) -> list[int]:
+            return [1]
+
+    template: Any = Template()
+    prompt_of_row({"prompt": "one", "tools": ["t"]}, template, thinking=True)
+    prompt_of_row({"prompt": "one"}, template)
+    assert seen == [(["t"], True), (None, None)]
+
+
 def test_rows_of_a_file(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "sums.jsonl"
     rows = [{"prompt": "one"}, {"prompt": "two", "subset": "hard"}]

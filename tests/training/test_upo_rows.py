@@ -16,6 +16,8 @@ from torch import Tensor
 from ernie45.errors import ConfigError, ShapeError
 from ernie45.training.branches import BranchBatch, branch_logprobs
 from ernie45.training.data.pairs import PreferencePair
+from ernie45.training.lora.adapter import add_lora
+from ernie45.training.lora.config import LoraConfig
 from ernie45.training.losses.advantage import PromptFilter
 from ernie45.training.losses.preference import PreferenceConfig
 from ernie45.training.network import TrainingNetwork
@@ -327,6 +329,42 @@ def assert_same(found: Sequence[Any], expected: Sequence[Any]) -> None:
         assert torch.equal(one, getattr(other, name)), name
     for pair, same in zip(found[1:], expected[1:], strict=True):
         assert torch.equal(pair.prompt, same.prompt)
+
+
+def test_passes_are_as_large_as_they_may_be(small_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = TrainingNetwork(small_model())
+    sizes: list[int] = []
+    run = network.run
+
+    def counted(batch: BranchBatch) -> Any:
+        sizes.append(len(batch.items))
+        return run(batch)
+
+    monkeypatch.setattr(network, "run", counted)
+    groups = [
+        take(stream(small_model, network=network, rollout={"max_pass_tokens": limit}, rows_per_step=4), 4)
+        for limit in (8192, 1)
+    ]
+    assert sizes == [4, 1, 1, 1, 1]
+    for whole, alone in zip(*groups, strict=True):
+        torch.testing.assert_close(whole.old_L, alone.old_L, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_measured_is_measured_without_dropout(small_model: Any) -> None:
+    model = small_model()
+    add_lora(model, LoraConfig(rank=4, dropout=0.5), seed=0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    model.train()
+    network = TrainingNetwork(model)
+    (group,) = take(stream(small_model, network=network, rows_per_step=1), 1)
+    assert model.training
+    batch = BranchBatch.of_items([group.branches])
+    assert not torch.allclose(branch_logprobs(network, batch), group.old_L, atol=1e-3), "dropout is felt"
+    model.eval()
+    torch.testing.assert_close(branch_logprobs(network, batch).detach(), group.old_L, atol=1e-6, rtol=1e-6)
 
 
 def test_parts_are_given_where_they_are_read(small_model: Any) -> None:
