@@ -23,6 +23,9 @@ from ernie45.training.fp8.scaled import quantize_rows, quantize_tiles
 from ernie45.training.fp8.swiglu import swiglu
 from ernie45.training.optim import OptimizerConfig, build_optimizer
 
+FEED_FORWARD_ERROR = 0.07
+"""One rounding errs by 2.6 %, root mean square. Gate and up see two each, which makes 5.2 % of their product; down adds two: 6.4 %."""
+
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -77,7 +80,7 @@ def test_gradients_point_where_those_of_float32_point() -> None:
     y, expected = gradients(plain, x)
     leaf = Fp8SwiGLU(plain.up_gate_proj, plain.down_proj, "emulate")
     y_fp8, found = gradients(leaf, x)
-    assert y_fp8.sub(y).norm() < 0.06 * y.norm()
+    assert y_fp8.sub(y).norm() < FEED_FORWARD_ERROR * y.norm()
     assert found.keys() == expected.keys()
     for name in found:
         assert cosine(found[name], expected[name]) > 0.997, name
@@ -100,7 +103,7 @@ def test_experts_and_their_gradients(keep: bool) -> None:
         )
         results.append((y - residual, grads | {"router": router}))
     (y, expected), (y_fp8, found) = results
-    assert y_fp8.sub(y).norm() < 0.06 * y.norm()
+    assert y_fp8.sub(y).norm() < FEED_FORWARD_ERROR * y.norm()
     for name in expected:
         assert cosine(found[name], expected[name]) > 0.995, name
     for name in ("up_gate_proj", "down_proj"):

@@ -36,8 +36,9 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_grad = input_gradient(grad_TN, ctx.weight, ctx.backend).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            x = Scaled(*ctx.saved_tensors, tile_rows=1)
-            weight_grad = hand_over(ctx.weight, weight_gradient(grad_TN, x, ctx.backend))
+            values, scales = ctx.saved_tensors
+            wide = weight_gradient(grad_TN, Scaled(values, scales, 1), ctx.backend)
+            weight_grad = hand_over(ctx.weight, wide)
         if ctx.needs_input_grad[2]:
             bias_grad = hand_over(ctx.bias, grad_TN.float().sum(0))
         return x_grad, weight_grad, bias_grad, None
@@ -53,7 +54,8 @@ class Fp8Linear(Linear):
 
     def forward(self, input: Tensor, residual_TH: Tensor | None = None) -> Tensor:
         """(T, K) -> (T, N) in the input's dtype, plus `residual_TH` (T, N)."""
-        y_TN: Tensor = _Product.apply(input, self.weight, self.bias, self.backend)
+        apply: Any = _Product.apply  # unannotated in torch
+        y_TN: Tensor = apply(input, self.weight, self.bias, self.backend)
         return add_residual(y_TN, residual_TH)
 
 
