@@ -131,14 +131,16 @@ def _expert_backward(
 class Fp8Experts(Experts):
     """`layers.moe.Experts` with its six products in fp8; parameters and their names stay."""
 
-    def __init__(self, up_gate_proj: nn.Parameter, down_proj: nn.Parameter, backend: Backend, *, keep: bool) -> None:
+    def __init__(
+        self, up_gate_proj: nn.Parameter, down_proj: nn.Parameter, backend: Backend, *, keeps_products: bool
+    ) -> None:
         nn.Module.__init__(self)  # not that of Experts, which would make new parameters
         self.up_gate_proj, self.down_proj = up_gate_proj, down_proj
-        self.backend, self.keep = backend, keep
+        self.backend, self.keeps_products = backend, keeps_products
 
     def forward(self, x_TH: Tensor, routing: Routing, residual_TH: Tensor | None = None) -> Tensor:
         """Weighted sum of the chosen experts' outputs, plus `residual_TH`; no token is dropped. (T, H) in x's dtype."""
-        plan = _Plan(routing.tokens.long(), routing.counts_E.tolist(), self.backend, self.keep)
+        plan = _Plan(routing.tokens.long(), routing.counts_E.tolist(), self.backend, self.keeps_products)
         apply: Any = _RoutedFfn.apply  # unannotated in torch
         out: Tensor = apply(x_TH, self.up_gate_proj, self.down_proj, routing.token_weights, plan)
         return add_residual(out, residual_TH)

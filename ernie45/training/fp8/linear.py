@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ernie45.layers.ffn import SwiGLU
 from ernie45.layers.linear import Linear, add_residual
@@ -60,13 +61,21 @@ class Fp8Linear(Linear):
 
 
 class Fp8SwiGLU(SwiGLU):
-    """`layers.ffn.SwiGLU` with linear layers in fp8; of the values between them only the up/gate output is kept."""
+    """`layers.ffn.SwiGLU` with linear layers in fp8; of the values between them only the up/gate output is kept, or nothing."""
 
-    def __init__(self, up_gate_proj: nn.Linear, down_proj: nn.Linear, backend: Backend) -> None:
+    def __init__(
+        self, up_gate_proj: nn.Linear, down_proj: nn.Linear, backend: Backend, *, keeps_products: bool
+    ) -> None:
         nn.Module.__init__(self)
         self.up_gate_proj, self.down_proj = Fp8Linear(up_gate_proj, backend), Fp8Linear(down_proj, backend)
+        self.keeps_products = keeps_products
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
         """(T, H) -> (T, H), plus `residual_TH`."""
-        out: Tensor = self.down_proj(swiglu(self.up_gate_proj(x_TH)), residual_TH=residual_TH)
+        if self.keeps_products or not torch.is_grad_enabled():
+            return add_residual(self._by_parts(x_TH), residual_TH)
+        return add_residual(checkpoint(self._by_parts, x_TH, use_reentrant=False), residual_TH)
+
+    def _by_parts(self, x_TH: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(swiglu(self.up_gate_proj(x_TH)))
         return out
