@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -23,12 +23,18 @@ from ernie45.training.fp8.scaled import quantize_rows, quantize_tiles
 from ernie45.training.fp8.swiglu import swiglu
 from ernie45.training.optim import OptimizerConfig, build_optimizer
 
+FEED_FORWARD_ERROR = 0.07
+"""One rounding errs by 2.6 %, root mean square. Gate and up see two each, which makes 5.2 % of their product; down adds two: 6.4 %."""
+
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fill(module: nn.Module) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def fill(module: M) -> M:
     for index, parameter in enumerate(module.parameters()):
         parameter.data.copy_(drawn(*parameter.shape, seed=100 + index) * parameter.shape[-1] ** -0.5)
     return module
@@ -61,9 +67,8 @@ def routing(num_tokens: int, num_experts: int, active: int) -> Routing:
 
 def test_linear_is_the_product_of_rounded_operands() -> None:
     plain = fill(Linear(200, 70))
-    leaf = Fp8Linear(plain, "emulate")  # type: ignore[arg-type]
+    leaf = Fp8Linear(plain, "emulate")
     x, residual = drawn(33, 200), drawn(33, 70, seed=1)
-    assert isinstance(plain, Linear)
     expected = quantize_rows(x).dequantized() @ quantize_tiles(plain.weight.detach()).dequantized().mT + plain.bias
     torch.testing.assert_close(leaf(x), expected)
     torch.testing.assert_close(leaf(x, residual_TH=residual), expected + residual)
@@ -72,12 +77,11 @@ def test_linear_is_the_product_of_rounded_operands() -> None:
 
 def test_gradients_point_where_those_of_float32_point() -> None:
     plain = fill(SwiGLU(192, 160, bias=True, dtype=torch.float32))
-    assert isinstance(plain, SwiGLU)
     x = drawn(150, 192)
     y, expected = gradients(plain, x)
-    leaf = Fp8SwiGLU(plain.up_gate_proj, plain.down_proj, "emulate")
+    leaf = Fp8SwiGLU(plain.up_gate_proj, plain.down_proj, "emulate", keeps_products=True)
     y_fp8, found = gradients(leaf, x)
-    assert y_fp8.sub(y).norm() < 0.06 * y.norm()
+    assert y_fp8.sub(y).norm() < FEED_FORWARD_ERROR * y.norm()
     assert found.keys() == expected.keys()
     for name in found:
         assert cosine(found[name], expected[name]) > 0.997, name
@@ -88,8 +92,7 @@ def test_gradients_point_where_those_of_float32_point() -> None:
 def test_experts_and_their_gradients(keep: bool) -> None:
     """Groups of any size, one of them empty; the router's weights get gradients too."""
     plain = fill(Experts(5, 144, 72, torch.float32))
-    assert isinstance(plain, Experts)
-    leaf = Fp8Experts(plain.up_gate_proj, plain.down_proj, "emulate", keep=keep)
+    leaf = Fp8Experts(plain.up_gate_proj, plain.down_proj, "emulate", keeps_products=keep)
     x, residual = drawn(70, 144), drawn(70, 144, seed=1)
     results = []
     for module in (plain, leaf):
@@ -100,7 +103,7 @@ def test_experts_and_their_gradients(keep: bool) -> None:
         )
         results.append((y - residual, grads | {"router": router}))
     (y, expected), (y_fp8, found) = results
-    assert y_fp8.sub(y).norm() < 0.06 * y.norm()
+    assert y_fp8.sub(y).norm() < FEED_FORWARD_ERROR * y.norm()
     for name in expected:
         assert cosine(found[name], expected[name]) > 0.995, name
     for name in ("up_gate_proj", "down_proj"):
@@ -109,7 +112,6 @@ def test_experts_and_their_gradients(keep: bool) -> None:
 
 def test_experts_are_the_sum_of_their_rounded_products() -> None:
     plain = fill(Experts(3, 20, 12, torch.float32))
-    assert isinstance(plain, Experts)
     x, chosen = drawn(9, 20), routing(9, 3, 2)
     expected = torch.zeros(9, 20)
     for token in range(9):
@@ -118,20 +120,29 @@ def test_experts_are_the_sum_of_their_rounded_products() -> None:
             gate, up = (rounded @ quantize_tiles(plain.up_gate_proj[expert]).dequantized().mT).chunk(2, dim=-1)
             inner = quantize_rows(F.silu(gate) * up * weight).dequantized()
             expected[token] += (inner @ quantize_tiles(plain.down_proj[expert]).dequantized().mT)[0]
-    leaf = Fp8Experts(plain.up_gate_proj, plain.down_proj, "emulate", keep=True)
+    leaf = Fp8Experts(plain.up_gate_proj, plain.down_proj, "emulate", keeps_products=True)
     torch.testing.assert_close(leaf(x, chosen), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_keeping_and_computing_again_give_the_same_bits() -> None:
-    plain = fill(Experts(4, 40, 24, torch.bfloat16))
-    x = drawn(30, 40).bfloat16()
-    outcomes = [
-        gradients(Fp8Experts(plain.up_gate_proj, plain.down_proj, "emulate", keep=keep), x, routing(30, 4, 2))  # type: ignore[arg-type]
-        for keep in (True, False)
-    ]
-    for name, gradient in outcomes[0][1].items():
+@pytest.mark.parametrize("is_dense", [True, False])
+def test_keeping_and_computing_again_give_the_same_bits(is_dense: bool) -> None:
+    x, outcomes = drawn(30, 40).bfloat16(), []
+    for keep in (True, False):
+        leaf: nn.Module
+        if is_dense:
+            layer = fill(SwiGLU(40, 24, bias=False, dtype=torch.bfloat16))
+            leaf = Fp8SwiGLU(layer.up_gate_proj, layer.down_proj, "emulate", keeps_products=keep)
+            outcomes.append(gradients(leaf, x)[1])
+        else:
+            experts = fill(Experts(4, 40, 24, torch.bfloat16))
+            leaf = Fp8Experts(experts.up_gate_proj, experts.down_proj, "emulate", keeps_products=keep)
+            outcomes.append(gradients(leaf, x, routing(30, 4, 2))[1])
+    kept, again = outcomes
+    for name, gradient in kept.items():
+        found = again[name]
         assert gradient is not None
-        assert torch.equal(gradient, outcomes[1][1][name])  # type: ignore[arg-type]
+        assert found is not None
+        assert torch.equal(gradient, found)
 
 
 def test_swiglu_by_finite_differences() -> None:
@@ -184,13 +195,15 @@ def test_what_the_feed_forward_layers_keep() -> None:
     tokens, hidden, inner, active = 100, 256, 128, 2
     plain = SwiGLU(hidden, inner, bias=False, dtype=torch.bfloat16)
     x = drawn(tokens, hidden).bfloat16().requires_grad_()
-    dense = Fp8SwiGLU(plain.up_gate_proj, plain.down_proj, "emulate")
+    dense = Fp8SwiGLU(plain.up_gate_proj, plain.down_proj, "emulate", keeps_products=True)
     assert saved_bytes(dense, lambda: dense(x)) == tokens * ((hidden + 8) + 2 * 2 * inner + (inner + 4))
+    dense.keeps_products = False
+    assert saved_bytes(dense, lambda: dense(x)) == 0, "beside the input itself"
     stacks = Experts(4, hidden, inner, torch.bfloat16)
     chosen = routing(tokens, 4, active)
     entry_bytes = 4 * tokens * active  # the router's weights
     for keep, up_gate_bytes in ((True, 2 * 2 * inner * tokens * active), (False, 0)):
-        leaf = Fp8Experts(stacks.up_gate_proj, stacks.down_proj, "emulate", keep=keep)
+        leaf = Fp8Experts(stacks.up_gate_proj, stacks.down_proj, "emulate", keeps_products=keep)
         assert saved_bytes(leaf, lambda leaf=leaf: leaf(x, chosen)) == (  # type: ignore[misc]
             tokens * (hidden + 8) + entry_bytes + up_gate_bytes
         )
@@ -198,7 +211,7 @@ def test_what_the_feed_forward_layers_keep() -> None:
 
 def test_weight_gradients_reach_the_float32_sum_unrounded() -> None:
     plain = fill(nn.Linear(64, 16, bias=False))
-    wide = Fp8Linear(plain, "emulate")  # type: ignore[arg-type]
+    wide = Fp8Linear(plain, "emulate")
     narrow = Fp8Linear(nn.Linear(64, 16, bias=False).to(torch.bfloat16), "emulate")
     narrow.weight.data.copy_(wide.weight)
     wide.weight.data.copy_(narrow.weight)
@@ -232,7 +245,34 @@ def test_which_layers_change(small_model: Callable[..., CausalLM]) -> None:
 def test_options_and_refusals(small_model: Callable[..., CausalLM]) -> None:
     model = small_model(moe=True)
     use_fp8(model, Fp8Config(keep_up_gate=False, backend="emulate"))
-    kept = {module.keep for module in model.modules() if isinstance(module, Fp8Experts)}
+    kept = {module.keeps_products for module in model.modules() if isinstance(module, Fp8Experts | Fp8SwiGLU)}
     assert kept == {False}
-    with pytest.raises(ConfigError, match="fp8 has nothing to do"):
-        use_fp8(nn.Sequential(nn.Linear(2, 2)))
+    for nothing_left in (model, nn.Sequential(nn.Linear(2, 2))):
+        with pytest.raises(ConfigError, match="fp8 has nothing to do"):
+            use_fp8(nothing_left)
+
+
+def test_layers_with_an_adapter_stay_as_they_are(small_model: Callable[..., CausalLM]) -> None:
+    """To take only their weights would lose the adapter without a word."""
+
+    class Adapted(nn.Linear):
+        pass
+
+    model = small_model(moe=True)
+    blocks: list[Any] = [layer.mlp for layer in model.model.layers]
+    blocks[0].up_gate_proj = Adapted(48, 160)
+    blocks[1].experts.register_parameter("up_gate_lora_A", nn.Parameter(torch.zeros(1)))
+    left = [blocks[0], blocks[1].experts]
+    use_fp8(model)
+    after: list[Any] = [layer.mlp for layer in model.model.layers]
+    assert [after[0], after[1].experts] == left
+    assert isinstance(after[2].experts, Fp8Experts)
+
+
+def test_what_was_computed_again_before_is_so_in_fp8(small_model: Callable[..., CausalLM]) -> None:
+    model = small_model(moe=True)
+    block: Any = model.model.layers[1].mlp
+    block.experts.keeps_products = False
+    use_fp8(model)
+    assert block.experts.keeps_products is False
+    assert block.shared_experts.keeps_products is True

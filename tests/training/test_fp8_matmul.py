@@ -67,14 +67,16 @@ def test_the_weight_gradient_takes_the_input_as_it_was_in_fp8() -> None:
 
 
 @needs_scaled_mm
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("sizes", [(5, 7, 9), (12, 40, 300), (1, 16, 257)])
 def test_on_the_device_equals_emulation(sizes: tuple[int, int, int]) -> None:
     """The same fp8 numbers in another order of sums."""
     rows, columns, inner = sizes
     a, square = quantize_rows(drawn(rows, inner)), quantize_tiles(drawn(columns, inner, seed=1))
     for b in (square, quantize_rows(drawn(columns, inner, seed=1)), quantize_tiles(drawn(inner, columns)).transposed()):
         expected = matmul(a, b, "emulate")
-        torch.testing.assert_close(matmul(a, b, "scaled_mm"), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+        torch.testing.assert_close(
+            matmul(a, b, "scaled_mm"), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item()
+        )
 
 
 @needs_scaled_mm

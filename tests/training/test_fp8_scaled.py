@@ -75,9 +75,10 @@ def test_square_tiles_by_hand() -> None:
 def test_zeros_and_the_ends_of_float32(quantize) -> None:
     zeros = torch.zeros(3, 200)
     assert torch.equal(quantize(zeros).dequantized(), zeros)
-    for size in (torch.finfo(torch.float32).max, 1e30, 1e-30, 1e-37):
+    # 1e-37 / 448 is no normal number: the scale is larger, and the value keeps the format's own precision
+    for size, tolerance in ((torch.finfo(torch.float32).max, 1e-4), (1e30, 1e-4), (1e-35, 1e-4), (1e-37, 1 / 16)):
         x = matrix(3, 200).sign() * size
-        torch.testing.assert_close(quantize(x).dequantized(), x, rtol=1e-4, atol=0)
+        torch.testing.assert_close(quantize(x).dequantized(), x, rtol=tolerance, atol=0)
     tiny = torch.full((2, 3), 1e-44)  # below what a scale can be: rounded to zero, not to NaN
     assert (quantize(tiny).dequantized() - tiny).abs().max() <= 1e-41
     large = torch.full((2, 130), 3.0e38, dtype=torch.bfloat16)

@@ -14,14 +14,14 @@ from ernie45.training.fp8 import Fp8Config, use_fp8
 from ernie45.training.fp8.matmul import why_no_scaled_mm
 from ernie45.training.optim import OptimizerConfig, build_optimizer
 
-STEPS = 40
+STEPS = 24
 
 
 def batch(step: int) -> Tensor:
-    """Rows that count up from a random start in random strides: something to learn in forty steps."""
+    """Rows that count up from a random start in random strides: something to learn in few steps."""
     generator = torch.Generator().manual_seed(step % 4)
-    start = torch.randint(0, 50, (8, 1), generator=generator)
-    stride = torch.randint(1, 4, (8, 1), generator=generator)
+    start = torch.randint(0, 50, (4, 1), generator=generator)
+    stride = torch.randint(1, 4, (4, 1), generator=generator)
     return (start + stride * torch.arange(17)) % 101
 
 
@@ -40,21 +40,19 @@ def losses(model: CausalLM) -> list[float]:
 
 
 def test_loss_follows_that_of_wider_dtypes(small_model: Callable[..., CausalLM]) -> None:
-    """Within 0.05 nats of float32 in the mean of the last ten steps, and within 0.2 at every step; it falls by more than 2."""
+    """At no step more than 0.1 nats from float32, in the mean of all steps within 0.03; the loss falls by more than 4."""
 
-    def build(dtype: torch.dtype = torch.float32) -> CausalLM:
+    def build(dtype: torch.dtype) -> CausalLM:
         return small_model(moe=True, dtype=dtype, hidden_size=160, intermediate_size=136)
 
-    exact = torch.tensor(losses(build()))
-    narrow = torch.tensor(losses(build(torch.bfloat16)))
     model = build(torch.bfloat16)
     use_fp8(model)
-    found = torch.tensor(losses(model))
-    assert exact[0] - exact[-1] > 2
-    assert (found - exact).abs().max() < 0.2
-    assert abs(found[-10:].mean() - exact[-10:].mean()) < 0.05
-    assert abs(found[-10:].mean() - narrow[-10:].mean()) < 0.05
-    assert not torch.equal(found, narrow)
+    exact, narrow, found = (torch.tensor(losses(each)) for each in (build(torch.float32), build(torch.bfloat16), model))
+    assert exact[0] - exact[-1] > 4
+    for other in (exact, narrow):
+        assert not torch.equal(found, other)
+        assert (found - other).abs().max() < 0.1
+        assert abs(found.mean() - other.mean()) < 0.03
 
 
 @pytest.mark.skipif(bool(why_no_scaled_mm(torch.device("cpu"))), reason="torch._scaled_mm does not run here")
@@ -62,8 +60,8 @@ def test_the_device_gives_emulations_gradients(small_model: Callable[..., Causal
     grads = {}
     for backend in ("emulate", "scaled_mm"):
         model = small_model(moe=True)
-        use_fp8(model, Fp8Config(backend=backend))  # type: ignore[arg-type]
-        ids = batch(0)
+        use_fp8(model, Fp8Config(backend=backend))
+        ids = batch(0)[:1]
         F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).backward()
         grads[backend] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     # sums in another order may round an activation to the neighbour in fp8

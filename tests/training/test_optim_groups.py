@@ -36,16 +36,16 @@ def vision_language_model() -> CausalLM:
             moe_num_shared_experts=1,
             moe_layer_start_index=1,
         ),
-        vision=VisionConfig(depth=2, hidden_size=16, num_heads=1, intermediate_size=24, patch_size=2, freq_allocation=2),
+        vision=VisionConfig(
+            depth=2, hidden_size=16, num_heads=1, intermediate_size=24, patch_size=2, freq_allocation=2
+        ),
     )
     return build_model(config, device="meta")
 
 
 def test_every_router_is_one_and_nothing_else_is(vision_language_model: CausalLM) -> None:
     """The published matcher named the gate of layer 0 alone, where there is none."""
-    routers = {
-        f"{name}.weight" for name, module in vision_language_model.named_modules() if isinstance(module, Router)
-    }
+    routers = {f"{name}.weight" for name, module in vision_language_model.named_modules() if isinstance(module, Router)}
     assert len(routers) == 4  # text and vision, in two of three layers
     assert {name for name, _ in vision_language_model.named_parameters() if is_router(name)} == routers
 

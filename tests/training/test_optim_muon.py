@@ -136,6 +136,7 @@ def test_against_torch(scale: Any) -> None:
 
 def test_the_rest_is_adamws() -> None:
     """Embedding and norm move as with adamw alone; the state shows who has what."""
+
     def params() -> dict[str, nn.Parameter]:
         names = {"embed_tokens.weight": (6, 4), "norm.weight": (4,), DOWN: (4, 8)}
         return {name: nn.Parameter(drawn(*shape)) for name, shape in names.items()}

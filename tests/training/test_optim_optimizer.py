@@ -211,7 +211,7 @@ def test_bytes_of_the_state() -> None:
     sizes = {}
     for state_dtype in ("float32", "bfloat16", "int8"):
         weight = nn.Parameter(torch.zeros(256 * 100))
-        optimizer = build_optimizer([("w", weight)], OptimizerConfig(state_dtype=state_dtype), num_layers=1)  # type: ignore[arg-type]
+        optimizer = build_optimizer([("w", weight)], OptimizerConfig(state_dtype=state_dtype), num_layers=1)
         state = optimizer.state_tensors()
         sizes[state_dtype] = sum(tensor.nbytes for name, tensor in state.items() if not name.endswith("updates"))
     assert sizes == {"float32": 8 * 25600, "bfloat16": 4 * 25600, "int8": 2 * 25600 + 2 * 4 * 100}

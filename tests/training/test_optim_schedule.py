@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -86,7 +87,7 @@ def test_rises_then_falls_within_bounds(
     assert all(0 <= value <= 3e-4 * (1 + 1e-12) for value in rates)
     assert rates[:warmup_steps] == sorted(rates[:warmup_steps])
     rest = rates[warmup_steps:]
-    assert all(later <= earlier * (1 + 1e-12) for earlier, later in zip(rest, rest[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(rest))
     assert rates[-1] == pytest.approx(config.min_lr, abs=1e-12)
 
 
@@ -95,7 +96,11 @@ def test_rises_then_falls_within_bounds(
 def test_no_jump_at_the_borders(kind: tuple[str, str], steps: int) -> None:
     """1-sqrt is steepest where it starts: the root of one step's share."""
     config = ScheduleConfig(
-        kind=kind[0], steps=steps, warmup_steps=1000, decay=kind[1], min_lr=0.1  # type: ignore[arg-type]
+        kind=kind[0],  # type: ignore[arg-type]
+        steps=steps,
+        warmup_steps=1000,
+        decay=kind[1],  # type: ignore[arg-type]
+        min_lr=0.1,
     )
     rate = LrSchedule(config, 1.0)
     largest = max(abs(rate(step + 1) - rate(step)) for step in range(steps + 1))

@@ -16,11 +16,12 @@ class Fp8Config:
     """The fp8 path of a run."""
 
     backend: BackendChoice = "auto"
-    """`scaled_mm` multiplies fp8 numbers on the device (`torch._scaled_mm`); `emulate` rounds to fp8 and multiplies in float32, the same
-    numbers up to the order of sums. `auto`: the device where it has fp8 units (CUDA 8.9 and above), else emulation."""
+    """`scaled_mm` multiplies fp8 numbers on the device (`torch._scaled_mm`); `emulate` rounds to fp8 and multiplies in float32,
+    which is the same up to the order of sums. `auto`: the device where it has fp8 units (CUDA 8.9 and above), else emulation.
+    The CPU runs `scaled_mm` as well, a thousand times slower."""
     keep_up_gate: bool = True
-    """Keep what the routed experts' up/gate product gave for the backward pass. False computes it once more from the fp8 input:
-    one product more, and 2 x expert width numbers less in memory per token and expert."""
+    """Keep what the products with gate and up gave for the backward pass. False computes them once more: one product more, and
+    2 x width numbers less in memory per token, of experts per token and expert."""
 
     def __post_init__(self) -> None:
         if self.backend not in get_args(BackendChoice):

@@ -10,6 +10,9 @@ from __future__ import annotations
 from torch import nn
 
 from ernie45.errors import ConfigError
+from ernie45.layers.ffn import SwiGLU
+from ernie45.layers.linear import Linear
+from ernie45.layers.moe import Experts
 from ernie45.training.fp8.config import Backend, Fp8Config
 from ernie45.training.fp8.experts import Fp8Experts
 from ernie45.training.fp8.linear import Fp8SwiGLU
@@ -17,9 +20,9 @@ from ernie45.training.fp8.matmul import resolve_backend
 
 
 def use_fp8(model: nn.Module, config: Fp8Config | None = None) -> int:
-    """Replace the leaves in place, also those that a training network put there before.
+    """Replace the leaves in place, also those that a training network put there before, which then say what is computed again.
 
-    Leaves are told by what they hold: two linear layers, or two stacks of matrices, named `up_gate_proj` and `down_proj`.
+    Layers with an adapter, or in another narrow format, are left as they are.
     Returns: how many leaves were replaced. Raises: ConfigError if there are none, or the backend does not run.
     """
     config = config or Fp8Config()
@@ -37,9 +40,12 @@ def use_fp8(model: nn.Module, config: Fp8Config | None = None) -> int:
 
 
 def _fp8_leaf(plain: nn.Module, backend: Backend, config: Fp8Config) -> nn.Module | None:
-    up_gate, down = (getattr(plain, name, None) for name in ("up_gate_proj", "down_proj"))
-    if isinstance(up_gate, nn.Linear) and isinstance(down, nn.Linear):
-        return Fp8SwiGLU(up_gate, down, backend)
-    if isinstance(up_gate, nn.Parameter) and isinstance(down, nn.Parameter):
-        return Fp8Experts(up_gate, down, backend, keep=config.keep_up_gate)
+    keeps = config.keep_up_gate and getattr(plain, "keeps_products", True)
+    if isinstance(plain, SwiGLU):
+        up_gate, down = plain.up_gate_proj, plain.down_proj
+        if {type(up_gate), type(down)} <= {nn.Linear, Linear}:  # neither adapters nor fp8 already
+            return Fp8SwiGLU(up_gate, down, backend, keeps_products=keeps)
+    names = {name for name, _ in plain.named_parameters()}
+    if isinstance(plain, Experts) and not isinstance(plain, Fp8Experts) and names == {"up_gate_proj", "down_proj"}:
+        return Fp8Experts(plain.up_gate_proj, plain.down_proj, backend, keeps_products=keeps)
     return None

@@ -48,9 +48,7 @@ class _Plan(NamedTuple):
 
 class _RoutedFfn(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TH: Tensor, up_gate_EXH: Tensor, down_EHI: Tensor, weights: Tensor, plan: _Plan
-    ) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, up_gate_EXH: Tensor, down_EHI: Tensor, weights: Tensor, plan: _Plan) -> Tensor:
         """Args: weights: the router's, float32, of each entry of the plan."""
         x = quantize_rows(x_TH)
         out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
@@ -80,7 +78,9 @@ class _RoutedFfn(torch.autograd.Function):
             matrices = [parameter[expert] for parameter in ctx.parameters]
             mine = x.take(rows)
             up_gate = kept[index] if kept else output(mine, matrices[0], plan.backend).to(ctx.dtype)
-            gradients = _expert_backward(mine, up_gate, weights[here], grads[0][rows], matrices, wants, plan.backend)
+            gradients = _expert_backward(
+                mine, up_gate, weights[here], grads[0][rows], matrices, wants=wants, backend=plan.backend
+            )
             x_grad.index_add_(0, rows, gradients.x)
             weights_grad[here] = gradients.weights
             for total, gradient in zip(sums, (gradients.up_gate, gradients.down), strict=True):
@@ -108,6 +108,7 @@ def _expert_backward(
     weights: Tensor,
     grad_nH: Tensor,
     matrices: Sequence[Tensor],
+    *,
     wants: Sequence[bool],
     backend: Backend,
 ) -> _Gradients:
@@ -130,13 +131,16 @@ def _expert_backward(
 class Fp8Experts(Experts):
     """`layers.moe.Experts` with its six products in fp8; parameters and their names stay."""
 
-    def __init__(self, up_gate_proj: nn.Parameter, down_proj: nn.Parameter, backend: Backend, *, keep: bool) -> None:
+    def __init__(
+        self, up_gate_proj: nn.Parameter, down_proj: nn.Parameter, backend: Backend, *, keeps_products: bool
+    ) -> None:
         nn.Module.__init__(self)  # not that of Experts, which would make new parameters
         self.up_gate_proj, self.down_proj = up_gate_proj, down_proj
-        self.backend, self.keep = backend, keep
+        self.backend, self.keeps_products = backend, keeps_products
 
     def forward(self, x_TH: Tensor, routing: Routing, residual_TH: Tensor | None = None) -> Tensor:
         """Weighted sum of the chosen experts' outputs, plus `residual_TH`; no token is dropped. (T, H) in x's dtype."""
-        plan = _Plan(routing.tokens.long(), routing.counts_E.tolist(), self.backend, self.keep)
-        out: Tensor = _RoutedFfn.apply(x_TH, self.up_gate_proj, self.down_proj, routing.token_weights, plan)
+        plan = _Plan(routing.tokens.long(), routing.counts_E.tolist(), self.backend, self.keeps_products)
+        apply: Any = _RoutedFfn.apply  # unannotated in torch
+        out: Tensor = apply(x_TH, self.up_gate_proj, self.down_proj, routing.token_weights, plan)
         return add_residual(out, residual_TH)

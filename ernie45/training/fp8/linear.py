@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ernie45.layers.ffn import SwiGLU
 from ernie45.layers.linear import Linear, add_residual
@@ -36,8 +37,9 @@ class _Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             x_grad = input_gradient(grad_TN, ctx.weight, ctx.backend).to(ctx.dtype)
         if ctx.needs_input_grad[1]:
-            x = Scaled(*ctx.saved_tensors, tile_rows=1)
-            weight_grad = hand_over(ctx.weight, weight_gradient(grad_TN, x, ctx.backend))
+            values, scales = ctx.saved_tensors
+            wide = weight_gradient(grad_TN, Scaled(values, scales, 1), ctx.backend)
+            weight_grad = hand_over(ctx.weight, wide)
         if ctx.needs_input_grad[2]:
             bias_grad = hand_over(ctx.bias, grad_TN.float().sum(0))
         return x_grad, weight_grad, bias_grad, None
@@ -53,18 +55,27 @@ class Fp8Linear(Linear):
 
     def forward(self, input: Tensor, residual_TH: Tensor | None = None) -> Tensor:
         """(T, K) -> (T, N) in the input's dtype, plus `residual_TH` (T, N)."""
-        y_TN: Tensor = _Product.apply(input, self.weight, self.bias, self.backend)
+        apply: Any = _Product.apply  # unannotated in torch
+        y_TN: Tensor = apply(input, self.weight, self.bias, self.backend)
         return add_residual(y_TN, residual_TH)
 
 
 class Fp8SwiGLU(SwiGLU):
-    """`layers.ffn.SwiGLU` with linear layers in fp8; of the values between them only the up/gate output is kept."""
+    """`layers.ffn.SwiGLU` with linear layers in fp8; of the values between them only the up/gate output is kept, or nothing."""
 
-    def __init__(self, up_gate_proj: nn.Linear, down_proj: nn.Linear, backend: Backend) -> None:
+    def __init__(
+        self, up_gate_proj: nn.Linear, down_proj: nn.Linear, backend: Backend, *, keeps_products: bool
+    ) -> None:
         nn.Module.__init__(self)
         self.up_gate_proj, self.down_proj = Fp8Linear(up_gate_proj, backend), Fp8Linear(down_proj, backend)
+        self.keeps_products = keeps_products
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
         """(T, H) -> (T, H), plus `residual_TH`."""
-        out: Tensor = self.down_proj(swiglu(self.up_gate_proj(x_TH)), residual_TH=residual_TH)
+        if self.keeps_products or not torch.is_grad_enabled():
+            return add_residual(self._by_parts(x_TH), residual_TH)
+        return add_residual(checkpoint(self._by_parts, x_TH, use_reentrant=False), residual_TH)
+
+    def _by_parts(self, x_TH: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(swiglu(self.up_gate_proj(x_TH)))
         return out

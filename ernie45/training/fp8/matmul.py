@@ -56,7 +56,9 @@ def resolve_backend(config: Fp8Config, device: torch.device) -> Backend:
     if config.backend == "scaled_mm":
         reason = why_no_scaled_mm(device)
         if reason:
-            raise ConfigError(f"fp8 backend is 'scaled_mm', which does not run on {device}: {reason}. Use 'emulate' or 'auto'")
+            raise ConfigError(
+                f"fp8 backend is 'scaled_mm', which does not run on {device}: {reason}. Use 'emulate' or 'auto'"
+            )
         return "scaled_mm"
     has_units = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
     return "scaled_mm" if has_units and not why_no_scaled_mm(device) else "emulate"

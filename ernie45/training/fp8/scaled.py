@@ -56,8 +56,10 @@ class Scaled:
     def transposed(self) -> Scaled:
         """The same numbers, turned. Raises: ShapeError for row tiles, which have to be rounded anew."""
         if self.tile_rows == 1:
-            raise ShapeError("a matrix with 1 x 128 tiles has no scales for its columns: dequantize, turn and quantize it")
-        return Scaled(self.values_RC.mT, self.scales_rc.mT, TILE)
+            raise ShapeError(
+                "a matrix with 1 x 128 tiles has no scales for its columns: dequantize, turn and quantize it"
+            )
+        return Scaled(self.values_RC.mT, self.scales_rc.mT, 128)
 
 
 def quantize_rows(x_RC: Tensor) -> Scaled:
@@ -77,7 +79,7 @@ def quantize_tiles(x_RC: Tensor) -> Scaled:
     tiles = padded.view(padded.shape[0] // TILE, TILE, padded.shape[1] // TILE, TILE)
     scales = _scales(tiles.abs().amax((1, 3)))
     values = _round(tiles / scales[:, None, :, None]).view(padded.shape)
-    return Scaled(values[:rows, :columns].contiguous(), scales, TILE)
+    return Scaled(values[:rows, :columns].contiguous(), scales, 128)
 
 
 def _size(x_RC: Tensor) -> tuple[int, int]:

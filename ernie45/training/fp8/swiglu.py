@@ -36,5 +36,6 @@ class _SwiGlu(torch.autograd.Function):
 
 def swiglu(up_gate_TX: Tensor) -> Tensor:
     """(T, 2 I), gate first -> (T, I) in the same dtype."""
-    out: Tensor = _SwiGlu.apply(up_gate_TX)
+    apply: Any = _SwiGlu.apply  # unannotated in torch
+    out: Tensor = apply(up_gate_TX)
     return out

@@ -74,7 +74,9 @@ class Ema:
         """Take over averages, bit for bit. Raises: CheckpointError if names, shapes or dtypes differ."""
         if tensors.keys() != self._averages.keys():
             different = sorted(tensors.keys() ^ self._averages.keys())
-            raise CheckpointError(f"{len(different)} names of averages differ ({different[0]}, ..): they are of another network")
+            raise CheckpointError(
+                f"{len(different)} names of averages differ ({different[0]}, ..): they are of another network"
+            )
         for name, average in self._averages.items():
             given = tensors[name]
             if given.shape != average.shape or given.dtype != average.dtype:
@@ -93,7 +95,9 @@ class Ema:
         parameters = dict(model.named_parameters())
         missing = sorted(self._averages.keys() - parameters.keys())
         if missing:
-            raise ShapeError(f"the network has no parameter {missing[0]}, but its average is kept: it is another network")
+            raise ShapeError(
+                f"the network has no parameter {missing[0]}, but its average is kept: it is another network"
+            )
         kept = {
             name: parameters[name].detach().clone()
             for name in self._averages

@@ -61,7 +61,8 @@ def add_main_gradient(parameter: Tensor, gradient: Tensor) -> bool:
 
 def _take(parameter: Tensor) -> None:
     gradient = parameter.grad
-    assert gradient is not None, "the hook runs after a gradient was accumulated"
+    if gradient is None:  # a function that handed its gradient over itself
+        return
     parameter.grad = None
     total: Tensor | None = getattr(parameter, _SUM)
     if total is None:

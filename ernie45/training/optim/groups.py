@@ -1,7 +1,7 @@
 """What a parameter is, told from its name: whether it decays, how fast it learns, which matrices it holds.
 
 Names are those of our networks (`model.layers.3.mlp.experts.up_gate_proj`), with any prefix. Source: training reference 1.5 (the
-published matcher named the gate of layer 0 alone, which has none: here every router counts), 1.6 (decay), 3.6 (layer-wise rates, LoRA+).
+published matcher named the gate of layer 0 alone, which has none; here every router counts), 1.6 (decay), 3.6 (layer rates, LoRA+).
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ def is_lora_b(name: str) -> bool:
 
 
 def is_hidden_matrix(name: str, shape: Size) -> bool:
-    """Whether Muon moves the parameter: a matrix, or one per expert, inside the layers. Embedding, heads, norms, routers and the factors
-    of adapters are AdamW's."""
+    """Whether Muon moves the parameter: a matrix, or one per expert, inside the layers.
+
+    Embedding, heads, norms, routers and the factors of adapters are AdamW's.
+    """
     if len(shape) not in (2, 3) or not _decays(name, shape) or is_router(name) or _LORA.search(name):
         return False
     return _HIDDEN_MATRIX.search(name) is not None
@@ -111,10 +113,13 @@ def _matrices(
     if "up_gate_proj" in name and config.muon.split_up_gate:
         batch, rows = 2 * batch, rows // 2
     if config.muon.split_qkv and "qkv" in name:
-        parts = (rows // 3,) * 3 if "qkv_proj" not in name else qkv_rows  # the vision encoder has as many keys as queries
+        parts = (
+            (rows // 3,) * 3 if "qkv_proj" not in name else qkv_rows
+        )  # the vision encoder has as many keys as queries
         if parts is None or sum(parts) != rows:
             raise ConfigError(
-                f"{name} has {rows} rows and qkv_rows is {parts}: give the rows of queries, keys and values, or set muon.split_qkv to false"
+                f"{name} has {rows} rows and qkv_rows is {parts}: give the rows of queries, keys and values, "
+                "or set muon.split_qkv to false"
             )
         starts = (0, parts[0], parts[0] + parts[1])
         return tuple(

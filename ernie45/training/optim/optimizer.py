@@ -1,10 +1,10 @@
 """The optimizer of a run, as the loop sees it.
 
-    optimizer = build_optimizer(model.named_parameters(), config, num_layers=..)
-    loss.backward()              # as often as wanted: gradients add up in float32
-    norm = optimizer.clip()      # once, when all are there; look whether it is finite
-    optimizer.step(lr)           # lr: what the schedule says for this step
-    optimizer.zero_grad()
+optimizer = build_optimizer(model.named_parameters(), config, num_layers=..)
+loss.backward()              # as often as wanted: gradients add up in float32
+norm = optimizer.clip()      # once, when all are there; look whether it is finite
+optimizer.step(lr)           # lr: what the schedule says for this step
+optimizer.zero_grad()
 """
 
 from __future__ import annotations
@@ -35,9 +35,7 @@ class Optimizer:
     @property
     def masters(self) -> dict[str, Tensor]:
         """The weights in the highest precision there is, by parameter name: master, or the parameter itself."""
-        return {
-            slot.name: slot.parameter.detach() if slot.master is None else slot.master for slot in self._slots
-        }
+        return {slot.name: slot.parameter.detach() if slot.master is None else slot.master for slot in self._slots}
 
     def gradients(self) -> dict[str, Tensor]:
         """The float32 sums, by parameter name; those that got none are left out."""
@@ -64,7 +62,9 @@ class Optimizer:
         """
         norm = self.clip()
         if not math.isfinite(norm):
-            raise TrainingError(f"the norm of the gradients is {norm}: nothing was moved. Call zero_grad() to leave them out")
+            raise TrainingError(
+                f"the norm of the gradients is {norm}: nothing was moved. Call zero_grad() to leave them out"
+            )
         pairs = self._pairs()
         adamw.update([pair for pair in pairs if not pair[0].role.matrices], self.config, lr)
         muon.update([pair for pair in pairs if pair[0].role.matrices], self.config, lr)
@@ -140,8 +140,8 @@ def _check_names(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None
     missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     if missing or unexpected:
         raise CheckpointError(
-            f"optimizer state lacks {len(missing)} tensors{_first(missing)} and has {len(unexpected)} unknown ones{_first(unexpected)}: "
-            "it belongs to another network or other optimizer settings"
+            f"optimizer state lacks {len(missing)} tensors{_first(missing)} and has {len(unexpected)} unknown ones"
+            f"{_first(unexpected)}: it belongs to another network or other optimizer settings"
         )
     for name, tensor in own.items():
         found = given[name]

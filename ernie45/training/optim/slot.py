@@ -57,7 +57,9 @@ def new_slot(name: str, parameter: nn.Parameter, role: Role, config: OptimizerCo
     is_narrow = parameter.dtype != torch.float32
     master = weights.float().clone() if is_narrow and config.master_weights else None
     if is_narrow and master is None and parameter.dtype != torch.bfloat16:
-        raise ConfigError(f"{name} is {parameter.dtype}: without master weights only float32 and bfloat16 can be trained")
+        raise ConfigError(
+            f"{name} is {parameter.dtype}: without master weights only float32 and bfloat16 can be trained"
+        )
     if not weights.is_contiguous():
         raise ConfigError(f"{name} is not contiguous in memory: train a network whose parameters are")
     kept = master if master is not None else parameter
