@@ -1,6 +1,9 @@
-"""The least number of ids that a text can become, told without encoding: never more than it does become, and not idle."""
+"""Long texts: the fewest ids that one can become is told without encoding it, and encoding lets other threads run."""
 
 import json
+import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +90,28 @@ def test_other_steps_of_a_byte_level_tokenizer_may_lose_text(
 
 def test_a_llama_style_tokenizer_says_nothing(llama_json_folder: Path) -> None:
     assert load_tokenizer(llama_json_folder).least_tokens("x" * 100_000) == 0
+
+
+def test_encoding_leaves_pythons_lock_to_others(tokenizer: Tokenizer) -> None:
+    """A server encodes on threads beside its event loop. Held, the lock would make the longest wait as long as the encoding."""
+    draw = random.Random(0)
+    text = " ".join(draw.choice(["the", "quick", "brown", "fox", "世界"]) for _ in range(300_000))
+    waits: list[float] = []
+    encoded = threading.Event()
+
+    def watch() -> None:
+        last = time.monotonic()
+        while not encoded.is_set():
+            time.sleep(0.001)
+            now = time.monotonic()
+            waits.append(now - last)
+            last = now
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    start = time.monotonic()
+    tokenizer.encode(text)
+    took = time.monotonic() - start
+    encoded.set()
+    watcher.join()
+    assert max(waits) < 0.5 * took
