@@ -173,7 +173,7 @@ def _transformers(path: Path, experts: str) -> Step:
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, fused=True)
 
     def step(rows: Tensor) -> float:
-        read, learnt = rows[:, :-1], rows[:, 1:]
+        read, learnt = rows[:, :-1], rows[:, 1:].contiguous()
         # Without a cache, which training has no use for; labels are given as shifted, so that all positions learn.
         loss = model(input_ids=read, labels=learnt, shift_labels=learnt, use_cache=False).loss
         loss.backward()

@@ -179,7 +179,7 @@ class _Gradients:
 
 class _LossSum(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  # torch hands inputs over by position
         ctx: Any,
         x_RH: Tensor,
         weight_VH: Tensor,
@@ -212,7 +212,7 @@ class _LabelLogprobs(torch.autograd.Function):
     """Log-probabilities of the labels and entropies, (R,) each; entropies are 0 unless wanted."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  # torch hands inputs over by position
         ctx: Any,
         x_RH: Tensor,
         weight_VH: Tensor,

@@ -62,8 +62,8 @@ class TrainingNetwork:
         dtype: str | torch.dtype | None = None,
         mtp_variant: MtpVariant | None = None,
     ) -> None:
-        """Args: model: changed in place, its state dict keeps its names. dtype: of matrix products: that of the weights (None), or bfloat16
-            over float32 weights (autocast). mtp_variant: how the prediction blocks are wired.
+        """Args: model: changed in place, its state dict keeps its names. dtype: of matrix products: that of the weights (None),
+            or bfloat16 over float32 weights (autocast). mtp_variant: how the prediction blocks are wired.
         Raises: ConfigError for other dtypes, and for an operation to compute again that the model has not.
         """
         self.model = model

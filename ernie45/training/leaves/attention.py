@@ -3,8 +3,8 @@
 Documents of the same length are one call, the others one call each; none is padded. Kept for the backward pass are the rotated
 projection, the attended values and one number per token and head.
 
-Shape letters: B documents of one length, T tokens (packed), n tokens of a document, N query heads, G key/value heads, D head size, J = D / 2,
-X = (N + 2 G) D.
+Shape letters: B documents of one length, T tokens (packed), n tokens of a document, N query heads, G key/value heads, D head
+size, J = D / 2, X = (N + 2 G) D.
 """
 
 from __future__ import annotations

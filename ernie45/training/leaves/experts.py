@@ -5,8 +5,8 @@ elementwise happens while the group is in the cache. What is kept for the backwa
 per chosen expert) and the products with gate and up, or the input alone. Outputs of experts are not kept: with
 y = sum_k w_k D h_k the gradient of a weight is (D' dy) . h_k, which the backward pass has in its hands anyway.
 
-Shape letters: T tokens, H hidden, E experts, K experts per token, I expert width, J = 2 I: gate first, then up; L = T K slots, ordered by expert,
-then by token; n slots of one expert.
+Shape letters: T tokens, H hidden, E experts, K experts per token, I expert width, J = 2 I: gate first, then up; L = T K slots,
+ordered by expert, then by token.
 Source: training reference 2.3 (weights of the sum inside the expert, products of the activation computed again).
 """
 
@@ -53,7 +53,7 @@ class TrainingExperts(Experts):
 
 class _GroupedExperts(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  # torch hands inputs over by position
         ctx: Any,
         x_TH: Tensor,
         up_gate_EJH: Tensor,

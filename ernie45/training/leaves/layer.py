@@ -74,7 +74,9 @@ class _Forgotten(saved_tensors_hooks):
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        self._tensor = None  # the hooks live as long as the graph does
+        # The graph holds the hooks and so this object, which must hold neither what is not kept nor, by its own hooks, itself.
+        self._tensor = None
+        del self.pack_hook, self.unpack_hook
 
     def _pack(self, kept: Tensor) -> Tensor | None:
         tensor = self._tensor

@@ -78,7 +78,7 @@ class _FeedForward(torch.autograd.Function):
     """The whole block; bias vectors may be None."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917  # torch hands inputs over by position
         ctx: Any,
         x_TH: Tensor,
         up_gate_JH: Tensor,
