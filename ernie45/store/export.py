@@ -7,7 +7,6 @@ training had in memory: nothing that existed before is touched by an export that
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,26 +18,13 @@ from ernie45.checkpoint.atomic import atomic_folder, scratch_folder
 from ernie45.checkpoint.load import load_model
 from ernie45.checkpoint.source import Source, open_source
 from ernie45.checkpoint.write import write_folder, write_gguf
-from ernie45.errors import CheckpointError, NotFoundError, UsageError
+from ernie45.errors import CheckpointError, UsageError
 from ernie45.models.build import build_model, dtype_name, parse_dtype
 from ernie45.models.text import CausalLM
 from ernie45.store.compare import Comparison, compare_networks
 from ernie45.store.convert import Format, companions, gguf_vocabulary
-from ernie45.store.location import resolve
 from ernie45.store.pulled import Stages, stage
-
-MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
-_STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trained:
-    """What is exported."""
-
-    base: Path
-    """A folder or .gguf file with weights."""
-    adapter: Path | None = None
-    """An adapter in PEFT's format."""
+from ernie45.store.trained import Trained, find_trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,48 +91,6 @@ def export(
     )
 
 
-def find_trained(what: str | Path, adapter: str | Path | None = None) -> Trained:
-    """The weights behind a run's folder (its newest checkpoint), a checkpoint's folder, a model's folder, file or name.
-
-    A checkpoint holds `model/`, or `adapter/` whose configuration names the base. Raises: NotFoundError, UsageError.
-    """
-    folder = Path(os.path.expanduser(what))
-    if (folder / CHECKPOINTS).is_dir():
-        folder = _newest(folder / CHECKPOINTS)
-    own = folder / ADAPTER_FOLDER
-    if (folder / MODEL_FOLDER).is_dir():
-        found = Trained(base=folder / MODEL_FOLDER, adapter=own if own.is_dir() else None)
-    elif own.is_dir():
-        found = Trained(base=_base_of(own), adapter=own)
-    else:
-        found = Trained(base=resolve(folder if folder.exists() else what))
-    if adapter is None:
-        return found
-    if found.adapter is not None:
-        raise UsageError(
-            f"{found.adapter} lies beside the weights already: leave --adapter out, or name the base model instead"
-        )
-    return Trained(base=found.base, adapter=Path(os.path.expanduser(adapter)))
-
-
-def _newest(folder: Path) -> Path:
-    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
-    if not steps:
-        raise NotFoundError(f"{folder} holds no checkpoint (step-*): has the run saved one?")
-    return max(steps)[1]
-
-
-def _base_of(adapter: Path) -> Path:
-    from ernie45.training.lora.read import read_adapter
-
-    base = read_adapter(adapter).base
-    if base is None:
-        raise NotFoundError(
-            f"{adapter} does not say which model it belongs to: name that model, and the adapter with --adapter"
-        )
-    return resolve(base)
-
-
 def _check_merge(trained: Trained, merge: bool) -> None:
     if trained.adapter is not None and not merge:
         raise UsageError(
@@ -159,7 +103,8 @@ def _check_merge(trained: Trained, merge: bool) -> None:
 def _merged(base: Source, adapter: Path | None) -> Source:
     if adapter is None:
         return base
-    from ernie45.training.lora.read import adapter_from, read_adapter
+    from ernie45.training.lora.adapter_file import read_adapter
+    from ernie45.training.lora.read import adapter_from
     from ernie45.training.lora.source import AdaptedSource
 
     return AdaptedSource(base, adapter_from(read_adapter(adapter), base.config))

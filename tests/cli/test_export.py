@@ -18,6 +18,7 @@ from ernie45.checkpoint.load import load_model
 from ernie45.errors import CheckpointError, NotFoundError
 from ernie45.store import export as exporting
 from ernie45.store.compare import Comparison, compare_networks
+from ernie45.store.trained import Trained, find_trained, save_trained
 from ernie45.training.lora.adapter import add_lora, merge
 from ernie45.training.lora.config import LoraConfig
 from ernie45.training.lora.read import load_adapter
@@ -224,6 +225,23 @@ def test_a_network_in_memory_is_saved_with_everything(
     assert not (tmp_path / "n").exists()
 
 
+def test_what_training_saves_is_what_is_exported(ernie: Ernie, rich: Path, tmp_path: Path) -> None:
+    model = load_model(rich)
+    step = tmp_path / "run" / "checkpoints" / "step-00000001"
+    assert save_trained(model, step, tokenizer_from=rich) == step / "model"
+    assert find_trained(tmp_path / "run") == Trained(base=step / "model")
+    add_lora(model, LoraConfig(), seed=0)
+    step = tmp_path / "run" / "checkpoints" / "step-00000002"
+    with pytest.raises(CheckpointError, match="say which one is below it"):
+        save_trained(model, step)
+    assert save_trained(model, step, tokenizer_from=rich, base=str(rich)) == step / "adapter"
+    assert find_trained(tmp_path / "run") == Trained(base=rich, adapter=step / "adapter")
+    assert (step / "adapter" / "tokenizer.json").read_bytes() == (rich / "tokenizer.json").read_bytes()
+    assert ernie("export", "run", "out", "--merge", "--to", "pt").code == 0
+    found, expected = tensors(tmp_path / "out"), tensors(rich)
+    assert all(torch.equal(found[name], expected[name]) for name in expected), "its B is zero"
+
+
 def test_what_a_killed_export_left_is_cleared_away(ernie: Ernie, tmp_path: Path) -> None:
     for target, to in (("out.gguf", "gguf"), ("out", "pt")):
         mine = partial_path(tmp_path / target)
@@ -238,4 +256,4 @@ def test_what_a_killed_export_left_is_cleared_away(ernie: Ernie, tmp_path: Path)
 def test_runs_without_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(NotFoundError, match="has the run saved one"):
-        exporting.find_trained(tmp_path / "run")
+        find_trained(tmp_path / "run")

@@ -16,8 +16,9 @@ from ernie45.config.model import ModelConfig
 from ernie45.errors import CheckpointError, NotFoundError
 from ernie45.models.text import CausalLM
 from ernie45.training.lora.adapter import Adapter, adapter_of, add_lora, lr_scales, merge
+from ernie45.training.lora.adapter_file import read_adapter
 from ernie45.training.lora.config import LoraConfig
-from ernie45.training.lora.read import adapter_from, load_adapter, read_adapter
+from ernie45.training.lora.read import adapter_from, load_adapter
 from ernie45.training.lora.source import AdaptedSource
 from ernie45.training.lora.write import CONFIG_NAME, WEIGHTS_NAME, save_adapter
 

@@ -13,12 +13,16 @@ from ernie45.checkpoint.load import load_model
 from ernie45.checkpoint.source import ModuleSource, open_source
 from ernie45.checkpoint.write import write_folder
 from ernie45.errors import CheckpointError, ConfigError
+from ernie45.kernels.packed import PackedFormat, interleave_gate_up, pack
 from ernie45.models.build import build_model
 from ernie45.models.text import CausalLM
 from ernie45.quant.quantize import quantize_checkpoint
+from ernie45.quant.rounding import quantize
 from ernie45.training.lora.adapter import add_lora, lora_parameters, merge
 from ernie45.training.lora.config import LoraConfig
+from ernie45.training.lora.packed import FrozenMatrix
 
+FORMAT = PackedFormat(bits=8, group=64)
 IDS = torch.tensor([[5, 1, 33, 99, 7, 62], [9, 9, 50, 2, 81, 14]])
 
 
@@ -85,6 +89,28 @@ def test_matrices_without_an_adapter_stay_packed(packed: Callable[..., Path]) ->
     merge(model)
     with pytest.raises(CheckpointError, match="merge an adapter first"):
         ModuleSource(model, model.config)
+
+
+@pytest.mark.parametrize("rows", [None, 40])
+def test_the_gradient_of_a_product_by_finite_differences(rows: int | None) -> None:
+    """Also where gate and up rows alternate; the product is linear, so that differences are exact but for rounding."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(rows or 24, 33, generator=generator)
+    stored = weights if rows is None else interleave_gate_up(weights)
+    quantized = quantize(stored, FORMAT)
+    matrix = FrozenMatrix(pack(quantized.values_NK, quantized.scales, FORMAT), interleaved_rows=rows)
+    assert (matrix.rows, matrix.columns) == weights.shape
+    torch.testing.assert_close(matrix.restore(), weights, rtol=0, atol=0.05)
+    x = torch.randn(3, 33, generator=generator, requires_grad=True)
+    upstream = torch.randn(3, len(weights), generator=generator)
+    (matrix.product(x) * upstream).sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        for row, column in ((0, 0), (1, 17), (2, 32)):
+            moved = torch.zeros_like(x)
+            moved[row, column] = 0.5
+            difference = ((matrix.product(x + moved) - matrix.product(x - moved)) * upstream).sum()
+            assert float(x.grad[row, column]) == pytest.approx(float(difference), rel=1e-3, abs=1e-4)
 
 
 def test_the_gradient_reaches_the_input_under_autocast(packed: Callable[..., Path]) -> None:
