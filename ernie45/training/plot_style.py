@@ -21,6 +21,7 @@ _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
+    "text.parse_math": False,  # a dollar sign in somebody's name is a dollar sign
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
     "axes.titlesize": 9,

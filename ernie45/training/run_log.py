@@ -42,12 +42,9 @@ class Series:
         """Value and step of the lowest or highest finite value; NaN and 0 without any."""
         if not np.isfinite(self.values).any():
             return float("nan"), 0
-        at = int(np.nanargmin(self._finite) if lowest else np.nanargmax(self._finite))
+        finite = np.where(np.isfinite(self.values), self.values, np.nan)
+        at = int(np.nanargmin(finite) if lowest else np.nanargmax(finite))
         return float(self.values[at]), int(self.steps[at])
-
-    @property
-    def _finite(self) -> NDArray[np.float64]:
-        return np.where(np.isfinite(self.values), self.values, np.nan)
 
     def smoothed(self, span: int) -> NDArray[np.float64]:
         """Mean of about `span` values around each, of fewer towards both ends: it does not lag where the values fall.

@@ -242,7 +242,7 @@ def test_drawings_take_the_colours_of_the_page(write_run: Any) -> None:
 
 
 def test_names_cannot_break_the_page(write_run: Any, about: Any, tmp_path: Path) -> None:
-    nasty = '<i onclick="x">&amp;'
+    nasty = '<i onclick="x">&amp;$\\x$'
     described = {**about, "config": {nasty: nasty}, "method": nasty}
     runs = read_runs([write_run("x<i>", [{**LINE, f"{nasty}/{nasty}": 1.0}], about=described), write_run("y", [LINE])])
     files = write_report(runs, tmp_path / "out")
