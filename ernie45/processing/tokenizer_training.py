@@ -250,8 +250,9 @@ def _row_texts(line: str, field: str, where: str) -> list[str]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is no JSON: {error}") from error
     value = row.get(field) if isinstance(row, dict) else None
-    texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
+    found: list[Any] = value if isinstance(value, list) else [value]
+    texts = [text for text in found if isinstance(text, str)]
+    if len(texts) < len(found):
         known = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
         raise ConfigError(f"{where} has no text in the field {field!r}: {known}; choose another field")
     for text in texts:

@@ -96,9 +96,7 @@ def _relative(load: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(load * load.shape[-1], total, out=np.full_like(load, np.nan), where=total > 0)
 
 
-def thinned(
-    steps: NDArray[np.int64], values: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def thinned(steps: NDArray[np.int64], values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """At most as many columns as a picture has room for: means of neighbours, of the steps and of `values` (N, ..)."""
     size = math.ceil(len(steps) / _MAX_COLUMNS)
     starts = np.arange(0, len(steps), size)

@@ -17,10 +17,11 @@ INK, GRID, PAPER = "#33383d", "#d9dde1", "#ffffff"
 COLOURS = ("#2a6f97", "#c1666b", "#8a9b68", "#d4a253", "#6d597a", "#4f9d9d", "#a0703c", "#8b8f94")
 """One per run, then again from the first. A page may replace these and the three above by its own."""
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
+    "text.parse_math": False,  # a dollar sign in somebody's name is a dollar sign
     "axes.labelcolor": INK,
     "axes.edgecolor": INK,
     "axes.titlesize": 9,
@@ -64,7 +65,7 @@ def styled() -> AbstractContextManager[None]:
     """A block within which pictures get this look."""
     import matplotlib as mpl
 
-    return mpl.rc_context(_STYLE)  # type: ignore[no-any-return]
+    return mpl.rc_context(_STYLE)
 
 
 def grid(num_panels: int, *, columns: int, height: float) -> tuple[Any, list[Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from ernie45 import __version__
 from ernie45.checkpoint.atomic import atomic_write_bytes
 from ernie45.training.plot import draw, span_of
 from ernie45.training.plot_style import COLOURS, GRID, INK, PAPER, Drawing
-from ernie45.training.run_log import RunLog
+from ernie45.training.run_log import RunLog, Series
 from ernie45.training.run_tables import (
     Table,
     configuration,
@@ -121,47 +121,48 @@ def _style() -> str:
 def _cards(run: RunLog) -> str:
     """The figures that one looks for first."""
     found = [
-        (label, text)
-        for label, key, text_of in _CARDS
-        if key in run.series and run.series[key].values.ndim == 1
-        for text in [text_of(run, key)]
+        card(run.series[key]) for key, card in _CARDS.items() if key in run.series and run.series[key].values.ndim == 1
     ]
     cells = "".join(
-        f'<div class="figure"><b>{html.escape(text)}</b><span>{html.escape(label)}</span></div>' for label, text in found
+        f'<div class="figure"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+        for value, label in found
     )
     return f'<div class="figures">{cells}</div>' if cells else ""
 
 
-def _last_mean(run: RunLog, key: str) -> str:
-    series = run.series[key]
-    return shown(float(series.smoothed(span_of(series))[-1]))
+def _last_mean(series: Series) -> tuple[str, str]:
+    return shown(series.mean_of_end(span_of(series))), "last loss, mean of the end"
 
 
-def _lowest(run: RunLog, key: str) -> str:
-    value, step = run.series[key].extreme(lowest=True)
-    return f"{shown(value)} in step {step:,}"
+def _lowest(series: Series) -> tuple[str, str]:
+    value, step = series.extreme(lowest=True)
+    return shown(value), f"lowest loss on held-out data, step {step:,}"
 
 
-def _median(run: RunLog, key: str) -> str:
-    return shown(float(np.nanmedian(run.series[key].values)))
+def _speed(series: Series) -> tuple[str, str]:
+    return f"{np.nanmedian(series.values):,.0f}", "tokens per second, median"
 
 
-def _share(run: RunLog, key: str) -> str:
-    return f"{float(np.nanmedian(run.series[key].values)):.0%}"
+def _share(series: Series) -> tuple[str, str]:
+    return f"{np.nanmedian(series.values):.0%}", "of the peak FLOP/s, median"
 
 
-def _peak(run: RunLog, key: str) -> str:
-    return f"{run.series[key].extreme(lowest=False)[0] / 1e9:.2f} GB"
+def _peak(series: Series) -> tuple[str, str]:
+    return f"{series.extreme(lowest=False)[0] / 1e9:.2f} GB", "highest memory"
 
 
-_CARDS: tuple[tuple[str, str, Callable[[RunLog, str], str]], ...] = (
-    ("last loss, mean of the end", "loss", _last_mean),
-    ("lowest loss on held-out data", "eval/loss", _lowest),
-    ("tokens per second, median", "tokens_per_s", _median),
-    ("of the peak FLOP/s, median", "mfu", _share),
-    ("highest memory", "memory_bytes", _peak),
-    ("duration", "time_s", lambda run, key: duration(run.counter(key))),
-)
+def _time(series: Series) -> tuple[str, str]:
+    return duration(series.last), "duration"
+
+
+_CARDS: Mapping[str, Callable[[Series], tuple[str, str]]] = {
+    "loss": _last_mean,
+    "eval/loss": _lowest,
+    "tokens_per_s": _speed,
+    "mfu": _share,
+    "memory_bytes": _peak,
+    "time_s": _time,
+}
 
 
 def _figure(drawing: Drawing) -> str:

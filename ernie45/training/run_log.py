@@ -42,24 +42,31 @@ class Series:
         """Value and step of the lowest or highest finite value; NaN and 0 without any."""
         if not np.isfinite(self.values).any():
             return float("nan"), 0
-        at = int(np.nanargmin(self._finite) if lowest else np.nanargmax(self._finite))
+        finite = np.where(np.isfinite(self.values), self.values, np.nan)
+        at = int(np.nanargmin(finite) if lowest else np.nanargmax(finite))
         return float(self.values[at]), int(self.steps[at])
 
-    @property
-    def _finite(self) -> NDArray[np.float64]:
-        return np.where(np.isfinite(self.values), self.values, np.nan)
-
     def smoothed(self, span: int) -> NDArray[np.float64]:
-        """Exponential mean over about `span` values, unbiased at the start; values that are not finite are skipped."""
-        decay = 1 - 1 / span
-        mean = weight = 0.0
-        out = np.full(len(self.values), np.nan)
-        for idx, value in enumerate(self.values):
-            if np.isfinite(value):
-                mean = decay * mean + (1 - decay) * float(value)
-                weight = decay * weight + (1 - decay)
-                out[idx] = mean / weight
-        return out
+        """Mean of about `span` values around each, of fewer towards both ends: it does not lag where the values fall.
+
+        Values that are not finite are skipped; NaN where nothing else is near.
+        """
+        size = len(self.values)
+        sums, counts = (np.concatenate(([0.0], np.cumsum(part))) for part in self._known_and_counted())
+        places = np.arange(size)
+        reach = np.minimum(span // 2, np.minimum(places, size - 1 - places))
+        first, end = places - reach, places + reach + 1
+        num = counts[end] - counts[first]
+        return np.divide(sums[end] - sums[first], num, out=np.full(size, np.nan), where=num > 0)
+
+    def mean_of_end(self, span: int) -> float:
+        """Mean of the last `span` values that are finite; NaN without any."""
+        finite = self.values[np.isfinite(self.values)]
+        return float(finite[-span:].mean()) if len(finite) else float("nan")
+
+    def _known_and_counted(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        finite = np.isfinite(self.values)
+        return np.where(finite, self.values, 0.0), finite.astype(np.float64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +136,9 @@ def _read_records(path: Path) -> tuple[dict[int, Record], list[str]]:
             record = json.loads(line)
         except ValueError as error:
             if number < len(lines):
-                raise CheckpointError(f"{path}:{number} is no JSON: {error}; remove the line to plot the rest") from error
+                raise CheckpointError(
+                    f"{path}:{number} is no JSON: {error}; remove the line to plot the rest"
+                ) from error
             notes.append(f"line {number} of {path.name} is cut off, as by a run that was killed: it is left out")
             continue
         step = record.get("step") if isinstance(record, dict) else None

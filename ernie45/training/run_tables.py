@@ -66,9 +66,7 @@ def scalars_csv(runs: Sequence[RunLog]) -> str:
 
 def experts_csv(runs: Sequence[RunLog]) -> str | None:
     """Every value per layer and expert, a row each; None for dense models."""
-    found = [
-        (run, key, series) for run in runs for key, series in run.series.items() if series.values.ndim == 3
-    ]
+    found = [(run, key, series) for run in runs for key, series in run.series.items() if series.values.ndim == 3]
     if not found:
         return None
     out = io.StringIO()

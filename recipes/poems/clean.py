@@ -23,23 +23,23 @@ _UNTITLED = "無題"
 MIN_LINES = 2
 
 
-class Unusable(Exception):
+class UnusableError(Exception):
     """A record that is no poem to learn from; the text is the reason, one of a few."""
 
 
 def clean(record: Mapping[str, Any], dynasty: str) -> Poem:
-    """Read one record of the collection, `{"title", "author", "paragraphs"}`. Raises: Unusable."""
+    """Read one record of the collection, `{"title", "author", "paragraphs"}`. Raises: UnusableError."""
     paragraphs = record.get("paragraphs")
     if not isinstance(paragraphs, list) or not all(isinstance(text, str) for text in paragraphs):
-        raise Unusable("no paragraphs")
+        raise UnusableError("no paragraphs")
     text = _LEFT_OUT.sub("", _without_notes("".join(paragraphs))).translate(_MARKS)
     if not text:
-        raise Unusable("empty")
+        raise UnusableError("empty")
     found = list(_LINE.finditer(text))
     if sum(len(match[0]) for match in found) != len(text):
-        raise Unusable("other signs, as for lost characters")
+        raise UnusableError("other signs, as for lost characters")
     if len(found) < MIN_LINES:
-        raise Unusable("a single line")
+        raise UnusableError("a single line")
     verses = [match[1] for match in found]
     return Poem(
         title=_TITLE_REST.sub("", _without_notes(str(record.get("title") or ""))) or _UNTITLED,

@@ -15,17 +15,17 @@ import tarfile
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ernie45.errors import NotFoundError, TransferError
-from recipes.poems.clean import Unusable, clean
+from recipes.poems.clean import UnusableError, clean
 from recipes.poems.poem import Poem, write_rows
 
-PACKAGE = "chinese-poetry@1.4.1"
+PACKAGE = "chinese-poetry@2.0.1"
 TRAIN, HELD_OUT = "poems.train.jsonl", "poems.heldout.jsonl"
 
-_MEMBER = re.compile(r"poet\.(tang|song)\.\d+\.json")
+_MEMBER = re.compile(r"package/dist/quantangshi/poet\.(tang|song)\.\d+\.json")
 _DYNASTIES = {"tang": "唐", "song": "宋"}
 
 
@@ -66,7 +66,7 @@ def collect(package: Path) -> tuple[list[Poem], Counter[str]]:
     for dynasty, record in _records(package):
         try:
             poem = clean(record, dynasty)
-        except Unusable as reason:
+        except UnusableError as reason:
             left_out[str(reason)] += 1
             continue
         if poems.setdefault(poem.key, poem) is not poem:
@@ -92,7 +92,7 @@ def _records(package: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The records of a package file with their dynasty, read where they are: nothing is unpacked."""
     with tarfile.open(package) as archive:
         for member in archive:
-            match = _MEMBER.fullmatch(PurePosixPath(member.name).name)
+            match = _MEMBER.fullmatch(member.name)
             file = archive.extractfile(member) if match and member.isfile() else None
             if match is None or file is None:
                 continue

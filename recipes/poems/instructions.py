@@ -19,7 +19,9 @@ WORDS = (
 
 _MAX_TITLE_CHARS = 8
 # Parts of a series ("詠史十首其二") and placeholders say nothing about what a poem is about.
-_NO_TOPIC = re.compile(r"句|無題|失題|絕句|絶句|偶[成題作書]|雜詩|.*[其首][一二三四五六七八九十百]+|.*[一二三四五六七八九十百]+首.*")
+_NO_TOPIC = re.compile(
+    r"句|無題|失題|絕句|絶句|偶[成題作書]|雜詩|.*[其首][一二三四五六七八九十百]+|.*[一二三四五六七八九十百]+首.*"
+)
 
 
 def instruction(poem: Poem, seed: int) -> str | None:

@@ -1,6 +1,6 @@
 """Pairs for DPO: a real poem against the same poem damaged in one place.
 
-    python -m recipes.poems.make_pairs data/poems/poems.train.jsonl -o data/poems/pairs.jsonl --per-form 5000 --seed 1
+python -m recipes.poems.make_pairs data/poems/poems.train.jsonl -o data/poems/pairs.jsonl --per-form 5000 --seed 1
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def rows(poems: Iterable[Poem], per_form: int, seed: int) -> list[Mapping[str, Any]]:
     """A request, the real poem, the damaged one, and what was done to it."""
-    out = []
+    out: list[Mapping[str, Any]] = []
     for poem in balanced(poems, per_form, seed):
         kind, damaged = damage(poem, seed)
         request = prompt_row(poem, seed)["messages"][0]["content"]
-        out.append({"prompt": request, "chosen": poem.body, "rejected": damaged.body, "damage": kind, "form": poem.form})
+        out.append(
+            {"prompt": request, "chosen": poem.body, "rejected": damaged.body, "damage": kind, "form": poem.form}
+        )
     return out
 
 

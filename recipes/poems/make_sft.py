@@ -1,6 +1,6 @@
 """Rows to tune on: a request with form and topic, and a real poem as its answer.
 
-    python -m recipes.poems.make_sft data/poems/poems.train.jsonl -o data/poems/sft.train.jsonl --per-form 20000
+python -m recipes.poems.make_sft data/poems/poems.train.jsonl -o data/poems/sft.train.jsonl --per-form 20000
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def rows(poems: Iterable[Poem], per_form: int, seed: int) -> list[Mapping[str, Any]]:
     """Conversations of a request and its poem."""
-    out = []
+    out: list[Mapping[str, Any]] = []
     for poem in balanced(poems, per_form, seed):
         asked = prompt_row(poem, seed)
         answer = {"role": "assistant", "content": poem.body}

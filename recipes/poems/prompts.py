@@ -1,7 +1,7 @@
 """Requests without answers, with the form that the reward checks: for UPO, and to measure how often forms are kept.
 
-    python -m recipes.poems.prompts data/poems/poems.train.jsonl -o data/poems/prompts.train.jsonl --per-form 2000 --seed 2
-    python -m recipes.poems.prompts data/poems/poems.heldout.jsonl -o data/poems/prompts.heldout.jsonl --per-form 50
+python -m recipes.poems.prompts data/poems/poems.train.jsonl -o data/poems/prompts.train.jsonl --per-form 2000 --seed 2
+python -m recipes.poems.prompts data/poems/poems.heldout.jsonl -o data/poems/prompts.heldout.jsonl --per-form 50
 """
 
 from __future__ import annotations

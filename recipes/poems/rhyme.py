@@ -8,6 +8,7 @@ tones, and a character with several readings belongs to the groups of all of the
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 
 from ernie45.errors import NotFoundError
 
@@ -35,10 +36,10 @@ _TRACK_OF = {final: track for track, finals in TRACKS.items() for final in final
 def tracks_of(character: str) -> frozenset[str]:
     """The tracks of a character's readings, empty for what has none. Raises: NotFoundError without pypinyin."""
     try:
-        from pypinyin import Style, pinyin
+        pypinyin = import_module("pypinyin")
     except ImportError as error:
         raise NotFoundError("rhymes need pypinyin: pip install pypinyin") from error
-    readings = pinyin(character, style=Style.FINALS, heteronym=True, errors="ignore")
+    readings = pypinyin.pinyin(character, style=pypinyin.Style.FINALS, heteronym=True, errors="ignore")
     return frozenset(_TRACK_OF[final] for found in readings for final in found if final in _TRACK_OF)
 
 

@@ -1,6 +1,6 @@
 """What can be checked in a poem: number of lines, characters per line, rhyme. The reward of the last training stage.
 
-    reward("床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。", "五言絕句")    # 1.0
+reward("床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。", "五言絕句")    # 1.0
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def split_lines(text: str) -> list[str]:
 def form_of(lines: Sequence[str]) -> str:
     """The name of the form that lines without punctuation have; `OTHER` if none."""
     sizes = {len(line) for line in lines}
-    named = (
-        name for name, form in FORMS.items() if len(lines) == form.num_lines and sizes == {form.line_chars}
-    )
+    named = (name for name, form in FORMS.items() if len(lines) == form.num_lines and sizes == {form.line_chars})
     return next(named, OTHER)
 
 

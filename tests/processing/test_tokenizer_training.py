@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import sentencepiece as spm
 from hypothesis import given, settings
@@ -27,12 +29,28 @@ from ernie45.processing.tokenizer_training import (
 
 WORDS = (
     *("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "User", "Assistant", "think", "mask"),
-    *("明月", "春風", "秋風", "白雲", "青山", "流水", "故人", "故鄉", "床前", "naïve", "1912", "2024", "end_of_sentence"),
+    *(
+        "明月",
+        "春風",
+        "秋風",
+        "白雲",
+        "青山",
+        "流水",
+        "故人",
+        "故鄉",
+        "床前",
+        "naïve",
+        "1912",
+        "2024",
+        "end_of_sentence",
+    ),
 )
 SIZE = 480
 SPELLED = (*MARKERS, "<s>", "</s>", "<unk>", "<0x0A>", "<|LOC_0|>")
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-spelled_text = st.lists(st.one_of(st.sampled_from(SPELLED), st.sampled_from("<|>/ ▁▅\n"), any_text), max_size=6).map("".join)
+spelled_text = st.lists(st.one_of(st.sampled_from(SPELLED), st.sampled_from("<|>/ ▁▅\n"), any_text), max_size=6).map(
+    "".join
+)
 MESSAGES = [
     {"role": "system", "content": "Answer in verse."},
     {"role": "user", "content": "明月 <|end_of_sentence|>"},
@@ -44,9 +62,7 @@ MESSAGES = [
 def corpus(seed: int = 0) -> list[str]:
     """Known words, and enough of unknown ones for larger vocabularies."""
     rng = random.Random(seed)
-    return [
-        " ".join([*rng.choices(WORDS, k=10), "".join(rng.choices("abcdefgh", k=4))]) for _ in range(300)
-    ]
+    return [" ".join([*rng.choices(WORDS, k=10), "".join(rng.choices("abcdefgh", k=4))]) for _ in range(300)]
 
 
 def config(**changes: Any) -> TokenizerConfig:
@@ -117,11 +133,36 @@ def test_the_library_alone_reads_the_file_alike(text: str, folder: Path, tokeniz
     assert raw.encode(text) == tokenizer.encode(text)
 
 
+def test_files_are_read_as_programs_for_published_folders_do(folder: Path, tokenizer: Tokenizer) -> None:
+    """Jinja renders the template, text is cut at the declared tokens, and the library encodes what lies between."""
+    declared = json.loads((folder / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    ids = {token["content"]: int(idx) for idx, token in declared.items()}
+    assert ids == json.loads((folder / "added_tokens.json").read_text()) == tokenizer.special_tokens
+    template = jinja2.Template((folder / "chat_template.jinja").read_text())
+    clean = [{**message, "content": message["content"].replace(END_OF_SENTENCE, "")} for message in MESSAGES]
+    for generate in (True, False):
+        text = template.render(messages=clean, add_generation_prompt=generate)
+        assert text == tokenizer.render(clean, add_generation_prompt=generate)
+        raw = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        parts = re.split("(" + "|".join(map(re.escape, ids)) + ")", text)
+        found = [idx for part in parts for idx in ([ids[part]] if part in ids else raw.encode(part))]
+        assert found == tokenizer.encode(tokenizer.render(clean, add_generation_prompt=generate))
+
+
 def test_transformers_reads_the_folder_alike(folder: Path, tokenizer: Tokenizer) -> None:
+    pytest.importorskip("google.protobuf", reason="transformers reads SentencePiece files with protobuf")
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert len(theirs) == SIZE
-    roles = ("unk_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "cls_token_id", "sep_token_id", "mask_token_id")
+    roles = (
+        "unk_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "cls_token_id",
+        "sep_token_id",
+        "mask_token_id",
+    )
     found = [getattr(theirs, role) for role in roles]
     specials = tokenizer.special_tokens
     assert found == [0, 1, 2, 0, specials[BEGIN], specials[END_OF_SENTENCE], specials["<mask:1>"]]
@@ -172,10 +213,10 @@ def test_rare_characters_are_bytes_below_full_coverage(save: Callable[..., Path]
 
 def test_nothing_of_a_line_is_lost_that_the_library_would_drop(save: Callable[..., Path]) -> None:
     """All of the text stands in one long line, beside signs that the library reserves."""
-    line = "\0▁▅\t\r" + " ".join(corpus())
+    line = "\0▁▅\t\r" + " ".join(corpus() * 2)
     assert len(line) > 16384
     tokenizer = load_tokenizer(save([line]))
-    assert len(tokenizer.encode("明月")) == 1
+    assert len(tokenizer.encode(line)) < len(line) / 1.5
     assert tokenizer.decode(tokenizer.encode(line)) == line
     assert not any("▅" in text or "\t" in text for text in map(tokenizer.token_str, range(269, SIZE)))
 

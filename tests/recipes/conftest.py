@@ -46,12 +46,13 @@ RECORDS: Mapping[str, Sequence[Mapping[str, Any]]] = {
 
 @pytest.fixture
 def make_package(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a .tgz with records under `package/json/`, and things beside them that are no poems."""
+    """Writes a .tgz with records where that package has them, and things beside them that are no poems."""
 
     def make(records: Mapping[str, Sequence[Mapping[str, Any]]] = RECORDS) -> Path:
         path = tmp_path / "package.tgz"
-        members = {f"package/json/poet.{name}.0.json": json.dumps(some) for name, some in records.items()}
-        members |= {"package/package.json": "{}", "package/json/authors.tang.json": "[]", "package/ci/ci.song.0.json": "no"}
+        members = {f"package/dist/quantangshi/poet.{name}.0.json": json.dumps(some) for name, some in records.items()}
+        others = ("package.json", "dist/quantangshi/authors.tang.json", "dist/quantangshi/error/poet.tang.0.json")
+        members |= {f"package/{other}": "no poems" for other in (*others, "dist/strains/json/poet.tang.0.json")}
         with tarfile.open(path, "w:gz") as archive:
             for name, text in members.items():
                 info = tarfile.TarInfo(name)

@@ -14,7 +14,7 @@ import pytest
 
 from ernie45.errors import NotFoundError, TransferError
 from recipes.poems import compliance, fetch, make_pairs, make_sft, prompts
-from recipes.poems.clean import Unusable, clean
+from recipes.poems.clean import UnusableError, clean
 from recipes.poems.instructions import balanced, instruction
 from recipes.poems.make_pairs import DAMAGES, damage
 from recipes.poems.poem import HELD_OUT_SHARE, Poem, draw_key, read_poems, sample, write_rows
@@ -45,7 +45,9 @@ def test_a_record_becomes_a_poem() -> None:
 
 
 def test_notes_quotes_and_foreign_marks_go() -> None:
-    poem = clean(record("「白日（一作「日（頭）」）依山盡」,黃河[注]入海流. ", "欲窮千里目；", title="登樓（二首） 其一"), "唐")
+    poem = clean(
+        record("「白日（一作「日（頭）」）依山盡」,黃河[注]入海流. ", "欲窮千里目；", title="登樓（二首） 其一"), "唐"
+    )
     assert poem.lines == ("白日依山盡，", "黃河入海流。", "欲窮千里目；")
     assert (poem.form, poem.title) == (OTHER, "登樓其一")
 
@@ -68,7 +70,7 @@ def test_a_last_line_without_mark_gets_one() -> None:
     ],
 )
 def test_what_is_damaged_is_left_out_with_its_reason(paragraphs: Any, reason: str) -> None:
-    with pytest.raises(Unusable, match=reason):
+    with pytest.raises(UnusableError, match=reason):
         clean({"title": "題", "author": "某", "paragraphs": paragraphs}, "唐")
 
 
@@ -95,7 +97,10 @@ def test_a_file_of_something_else_is_refused(make_package: Callable[..., Path]) 
 
 
 def test_fetch_writes_both_parts(
-    make_package: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    make_package: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("recipes.poems.poem.HELD_OUT_SHARE", 0.5)
     fetch.main(["-o", str(tmp_path / "data"), "--package-file", str(make_package())])
@@ -219,7 +224,9 @@ def test_compliance_is_counted_by_form(
 ) -> None:
     pytest.importorskip("pypinyin")
     quiet_night, half = "床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。", "床前明月光，疑是地上霜。"
-    rows = [{"messages": [{"role": "user", "content": form}], "form": form} for form in ("五言絕句", "五言絕句", "七言絕句")]
+    rows = [
+        {"messages": [{"role": "user", "content": form}], "form": form} for form in ("五言絕句", "五言絕句", "七言絕句")
+    ]
     (tmp_path / "prompts").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked: list[Any] = []
 

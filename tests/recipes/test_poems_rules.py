@@ -59,7 +59,7 @@ def test_each_part_by_hand() -> None:
     missing = check("床前明月光，疑是地上霜。舉頭望明月。", quatrain)
     assert (missing.lines, missing.characters, missing.rhyme) == (3 / 4, 3 / 4, 0)
     more = check(QUIET_NIGHT + "黃河入海流。", quatrain)
-    assert (more.lines, more.characters, more.rhyme) == (3 / 4, 4 / 5, 1)
+    assert (more.lines, more.characters, more.rhyme) == (3 / 4, 1, 1)
     astray = check("床前明月光，黃河入海流。舉頭望明月，低頭思故鄉。", quatrain)
     assert (astray.lines, astray.characters, astray.rhyme) == (1, 1, 0)
     assert astray.reward == pytest.approx(2 / 3)
@@ -68,7 +68,13 @@ def test_each_part_by_hand() -> None:
 @pytest.mark.usefixtures("hand_tracks")
 def test_rhymes_of_eight_lines_count_one_by_one() -> None:
     lines = ["甲乙丙丁戊"] * 8
-    for ends, expected in (("霜鄉光行", 1.0), ("霜鄉光流", 2 / 3), ("霜鄉流樓", 1 / 3), ("霜流月甲", 0), ("霜霜霜霜", 0)):
+    for ends, expected in (
+        ("霜鄉光行", 1.0),
+        ("霜鄉光流", 2 / 3),
+        ("霜鄉流樓", 1 / 3),
+        ("霜流月甲", 0),
+        ("霜霜霜霜", 0),
+    ):
         for at, end in zip((1, 3, 5, 7), ends, strict=True):
             lines[at] = "甲乙丙丁" + end
         assert check("，".join(lines), form_named("五言律詩")).rhyme == pytest.approx(expected), ends
@@ -115,16 +121,18 @@ def test_sounds_have_changed_since_and_that_is_said() -> None:
 def test_tracks_of_readings() -> None:
     pypinyin = pytest.importorskip("pypinyin")
     assert rhyme.tracks_of("光") == rhyme.tracks_of("鄉") == {"ang"}
-    assert rhyme.tracks_of("樓") == {"ou"}
-    assert rhyme.tracks_of("行") >= {"ang", "eng"}
+    assert rhyme.tracks_of("流") == {"ou"}
+    assert rhyme.tracks_of("行") >= {"ang", "eng"}, "every reading counts"
     assert rhyme.tracks_of("x") == rhyme.tracks_of("。") == frozenset()
     finals = {
         final
-        for char in map(chr, range(0x4E00, 0x9FA6))
+        for char in map(chr, range(0x4E00, 0x9FA6, 7))
         for found in pypinyin.pinyin(char, style=pypinyin.Style.FINALS, errors="ignore")
         for final in found
     }
-    assert len(finals - {final for track in rhyme.TRACKS.values() for final in track} - {""}) <= 3, "of the rarest readings"
+    assert len(finals - {final for track in rhyme.TRACKS.values() for final in track} - {""}) <= 3, (
+        "of the rarest readings"
+    )
 
 
 def test_simplified_names_of_forms_are_understood_and_others_refused() -> None:

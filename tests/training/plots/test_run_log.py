@@ -37,7 +37,12 @@ def test_every_kind_of_value_is_read(write_run: Any, metrics: Any, about: Any) -
 
 
 def test_lines_of_one_step_are_put_together_and_the_last_counts(write_run: Any) -> None:
-    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.5}, {"step": 2, "eval/loss": 2.75}, {"step": 2, "loss": 2.25}]
+    lines = [
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.5},
+        {"step": 2, "eval/loss": 2.75},
+        {"step": 2, "loss": 2.25},
+    ]
     run = read_run(write_run("a", lines), "a")
     assert run.series["loss"].values.tolist() == [3.0, 2.25]
     assert (run.series["eval/loss"].steps.tolist(), run.series["eval/loss"].values.tolist()) == ([2], [2.75])
@@ -77,7 +82,10 @@ def test_a_run_without_a_finished_step(write_run: Any, text: str) -> None:
         ("[1]\n", "metrics.jsonl:1 has no whole number 'step'"),
         ('{"step": 1.5}\n', "metrics.jsonl:1 has no whole number"),
         ('{"step": 1}\n', "steps without any number"),
-        ('{"step": 1, "x": [1, 2]}\n{"step": 2, "x": [1]}\n', r"'x' has the shape \(1,\) in step 2 and \(2,\) in step 1"),
+        (
+            '{"step": 1, "x": [1, 2]}\n{"step": 2, "x": [1]}\n',
+            r"'x' has the shape \(1,\) in step 2 and \(2,\) in step 1",
+        ),
     ],
 )
 def test_damage_is_told_with_file_and_line(write_run: Any, text: str, message: str) -> None:
@@ -104,15 +112,20 @@ def test_runs_get_names_that_tell_them_apart(write_run: Any, metrics: Any) -> No
         read_runs([folders[0], folders[0]])
 
 
-def test_the_mean_is_a_weighted_one_without_bias() -> None:
-    values = [5.0, 1.0, math.nan, 4.0, 2.0]
-    mean = series(values).smoothed(4)
-    for end in (0, 1, 3, 4):
-        kept = [value for value in values[: end + 1] if not math.isnan(value)]
-        weights = [0.75 ** (len(kept) - 1 - at) for at in range(len(kept))]
-        assert mean[end] == pytest.approx(np.average(kept, weights=weights))
-    assert math.isnan(mean[2])
-    assert series([3.0] * 9).smoothed(4).tolist() == pytest.approx([3.0] * 9)
+def test_the_mean_is_of_neighbours_on_both_sides() -> None:
+    some = series([8.0, 2.0, math.nan, 4.0, 6.0, math.inf, 5.0])
+    assert some.smoothed(4).tolist() == [8, 5, 5, 4, 5, 5.5, 5]
+    assert np.isnan(some.smoothed(1)[2])
+    assert some.smoothed(1)[[0, 1, 3]].tolist() == [8, 2, 4]
+    falling = series([100.0 - step for step in range(50)])
+    assert falling.smoothed(10).tolist() == pytest.approx(falling.values.tolist()), "it does not lag"
+    assert np.isnan(series([math.nan] * 3).smoothed(2)).all()
+
+
+def test_the_mean_of_the_end() -> None:
+    assert series([9.0, 1.0, math.nan, 2.0]).mean_of_end(2) == 1.5
+    assert series([9.0, 1.0]).mean_of_end(5) == 5
+    assert math.isnan(series([math.nan]).mean_of_end(2))
 
 
 def test_extremes_leave_out_what_is_not_finite() -> None:
@@ -159,7 +172,11 @@ def test_csv_holds_everything_that_was_logged(write_run: Any, metrics: Any) -> N
 
 
 def test_tables_of_several_runs(write_run: Any, metrics: Any, about: Any) -> None:
-    other = {**about, "config": {"model": {"hidden_size": 256}, "optimizer": {"lr": 1.0, "beta2": None}}, "num_active": None}
+    other = {
+        **about,
+        "config": {"model": {"hidden_size": 256}, "optimizer": {"lr": 1.0, "beta2": None}},
+        "num_active": None,
+    }
     runs = read_runs([write_run("a", metrics(6)), write_run("b", metrics(4), about=other)])
     assert overview(runs)[0] == ["", "a", "b"]
     assert ["parameters", "12.3 M, 4 M active per token", "12.3 M"] in overview(runs)
