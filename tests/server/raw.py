@@ -82,11 +82,12 @@ def read_reply(sock: socket.socket, *, has_body: bool = True) -> Reply:
         top, _, body = received.partition(b"\r\n\r\n")
         first, *lines = top.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        while has_body and len(body) < int(headers.get("content-length", 0)):
+        length = int(headers.get("content-length", 0)) if has_body else 0
+        while len(body) < length:
             body += sock.recv(1 << 16)
     except ConnectionResetError:
         return Reply(0)
-    return Reply(int(first.split()[1]), headers, body)
+    return Reply(int(first.split()[1]), headers, body[:length])  # another answer may stand behind it
 
 
 def is_closed(sock: socket.socket, timeout_s: float) -> bool:

@@ -160,6 +160,14 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(model_folder: Callable[
     assert took < 10
 
 
+def _loading_engine(server: int) -> int:
+    """The engine's process as soon as it runs a program of its own; until then its parent waits for it. 0: not yet."""
+    for child in Path(f"/proc/{server}/task/{server}/children").read_text().split():
+        if b"ernie45.worker" in Path(f"/proc/{child}/cmdline").read_bytes():
+            return int(child)
+    return 0
+
+
 def test_an_engine_that_hangs_while_it_loads_is_given_up(model_folder: Callable[[str], Path]) -> None:
     """Stopped as soon as it is there: it imports torch then, which takes a second."""
     program = [str(Path(__file__).parent / "tuned_server.py"), json.dumps({"load_timeout_s": 1.0})]
@@ -167,10 +175,12 @@ def test_an_engine_that_hangs_while_it_loads_is_given_up(model_folder: Callable[
     process = subprocess.Popen(
         [sys.executable, *program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    wait_until(lambda: bool(children.read_text()), 20, "the engine's process is started")
-    os.kill(int(children.read_text()), signal.SIGSTOP)
-    out, log = process.communicate(timeout=30)
+    try:
+        wait_until(lambda: _loading_engine(process.pid) > 0, 30, "the engine's process is started")
+        os.kill(_loading_engine(process.pid), signal.SIGSTOP)
+        out, log = process.communicate(timeout=40)
+    finally:
+        process.kill()
     assert process.returncode == 1
     assert "silent for 1 s" in log
     assert "load_timeout_s" in log
