@@ -177,7 +177,7 @@ class ChatEncoder:
                 return at
         raise ConfigError(
             f"the chat template (format {self._tokenizer.chat_format}) ends an answer with none of the tokens"
-            f" {', '.join(sorted(self._ends))}: choose a built-in chat_format"
+            f" {', '.join(sorted(self._ends))}: choose a chat_format whose end token is in the vocabulary"
         )
 
     def _closing_id(self) -> int | None:

@@ -78,6 +78,8 @@ def test_once_takes_every_row_once_and_leaves_the_stream_alone(sft_path: str, er
     )
     assert all(sum(document.num_inputs for document in row) <= 96 for row in rows)
     assert taken(stream, 3) == expected
+    shares = [[plain(row) for row in sft_rows(config(sft_path), ernie, rank=rank, world=2).once()] for rank in (0, 1)]
+    assert shares == [[plain(row) for row in rows][rank::2] for rank in (0, 1)]
     assert [len(row) for row in sft_rows(config(sft_path, packing="none"), ernie).once()] == [1] * 60
 
 
