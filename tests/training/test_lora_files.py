@@ -261,6 +261,13 @@ def test_experts_that_do_not_fit(small_model: Build, tmp_path: Path) -> None:
         adapter_from(read_adapter(tmp_path), config)
 
 
+def test_dora_on_a_part_of_a_matrix(small_model: Build, tmp_path: Path) -> None:
+    tensors = {f"{Q}.lora_A.weight": torch.ones(2, 48), f"{Q}.lora_B.weight": torch.ones(96, 2)}
+    write_foreign(tmp_path, tensors | {f"{Q}.lora_magnitude_vector": torch.ones(96)}, use_dora=True)
+    with pytest.raises(CheckpointError, match=r"q_proj without .*k_proj, .*v_proj"):
+        adapter_from(read_adapter(tmp_path), small_model().config)
+
+
 def test_values_that_are_not_finite(small_model: Build, tmp_path: Path) -> None:
     tensors = {f"{Q}.lora_A.weight": torch.ones(2, 48), f"{Q}.lora_B.weight": torch.full((96, 2), float("nan"))}
     write_foreign(tmp_path, tensors)

@@ -16,6 +16,9 @@ from ernie45.kernels.router import Routing
 from ernie45.layers.linear import add_residual
 from ernie45.training.lora.low_rank import LowRank
 
+Factors = list[tuple[Tensor, Tensor]] | None
+"""Each expert's A and B; None where nothing is added."""
+
 
 class StackedExperts(Protocol):
     """Experts that hold their matrices stacked, as `layers.moe.Experts` does."""
@@ -41,13 +44,14 @@ class AdaptedExperts(nn.Module, ABC):
     def forward(self, x_TH: Tensor, routing: Routing, residual_TH: Tensor | None = None) -> Tensor:
         """(T, H) -> (T, H), plus `residual_TH`."""
         rows, weights = routing.tokens.long(), routing.token_weights
+        factors = _factors(self.up_gate_lora, self.enabled), _factors(self.down_lora, self.enabled)
         out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         start = 0
         for expert, count in enumerate(routing.counts_E.tolist()):
             if count == 0:
                 continue
             here = slice(start, start + count)
-            y_TH = self._expert(x_TH[rows[here]], expert)
+            y_TH = self._expert(x_TH[rows[here]], expert, *factors)
             out.index_add_(0, rows[here], y_TH.float() * weights[here, None].to(x_TH.dtype).float())
             start += count
         return add_residual(out.to(x_TH.dtype), residual_TH)
@@ -64,16 +68,21 @@ class AdaptedExperts(nn.Module, ABC):
     def merged(self) -> nn.Module:
         """The plain experts with the adapters inside their weights."""
 
-    def _expert(self, x_TH: Tensor, expert: int) -> Tensor:
-        both = self._add(self.up_gate_lora, x_TH, self.up_gate_product(x_TH, expert), expert)
+    def _expert(self, x_TH: Tensor, expert: int, up_gate: Factors, down: Factors) -> Tensor:
+        both = _add(self.up_gate_lora, x_TH, self.up_gate_product(x_TH, expert), up_gate, expert)
         gate, up = both.chunk(2, dim=-1)
         inner_TI = F.silu(gate) * up
-        return self._add(self.down_lora, inner_TI, self.down_product(inner_TI, expert), expert)
+        return _add(self.down_lora, inner_TI, self.down_product(inner_TI, expert), down, expert)
 
-    def _add(self, lora: LowRank | None, x_TK: Tensor, y_TN: Tensor, expert: int) -> Tensor:
-        if lora is None or not self.enabled:
-            return y_TN
-        return (y_TN + lora(lora.dropped(x_TK), expert)).to(y_TN.dtype)
+
+def _factors(lora: LowRank | None, enabled: bool) -> Factors:
+    return lora.of_experts() if lora is not None and enabled else None
+
+
+def _add(lora: LowRank | None, x_TK: Tensor, y_TN: Tensor, factors: Factors, expert: int) -> Tensor:
+    if lora is None or factors is None:
+        return y_TN
+    return (y_TN + lora.product(lora.dropped(x_TK), *factors[expert])).to(y_TN.dtype)
 
 
 class LoraExperts(AdaptedExperts):

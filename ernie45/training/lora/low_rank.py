@@ -85,9 +85,16 @@ class LowRank(nn.Module):
         lengths = torch.linalg.vector_norm(weight_NK.detach().float(), dim=1)
         self.magnitude = nn.Parameter(lengths)
 
-    def forward(self, x_TK: Tensor, expert: int | None = None) -> Tensor:
+    def forward(self, x_TK: Tensor) -> Tensor:
         """What is added to the frozen layer's output without DoRA, float32 (T, N)."""
-        down, up = (self.lora_A, self.lora_B) if expert is None else (self.lora_A[expert], self.lora_B[expert])
+        return self.product(x_TK, self.lora_A, self.lora_B)
+
+    def of_experts(self) -> list[tuple[Tensor, Tensor]]:
+        """Each expert's A and B, for `product`. Taken apart at once: the gradients are then put together once as well."""
+        return list(zip(self.lora_A.unbind(0), self.lora_B.unbind(0), strict=True))
+
+    def product(self, x_TK: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """The same with the A and B of one expert."""
         ranks_TR = F.linear(x_TK.to(down.dtype), down)
         parts, end = [], 0
         for block in self.blocks:

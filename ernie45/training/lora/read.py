@@ -65,29 +65,34 @@ def _fused(file: AdapterFile, group: Sequence[Piece], found: list[tuple[Piece, M
     """One adapter of a fused matrix from those of its modules."""
     for piece, parts in found:
         _check_shape(file, piece, parts)
-    rows = group[-1].rows[1]
     blocks = _blocks(file, found)
-    shared = len(found) == len(group) and len({(b.alpha, b.rank) for b in blocks}) == 1
-    first_A = found[0][1][A]
-    if shared and all(torch.equal(parts[A], first_A) for _, parts in found):
-        lora = LowRank(rows, first_A.shape[1], [replace(blocks[0], rows=(0, rows))])
-        _set(lora.lora_A, first_A)
-        _set(lora.lora_B, torch.cat([parts[B] for _, parts in found]))
+    firsts, seconds = [parts[A] for _, parts in found], [parts[B] for _, parts in found]
+    rows, columns = group[-1].rows[1], group[0].columns
+    alike = len(found) == len(group) and len({block.alpha for block in blocks}) == 1
+    if alike and all(torch.equal(first, firsts[0]) for first in firsts):
+        lora = LowRank(rows, columns, [replace(blocks[0], rows=(0, rows))])
+        _set(lora, firsts[0], torch.cat(seconds))
     else:
-        lora = LowRank(rows, first_A.shape[1], blocks)
-        _set(lora.lora_A, torch.cat([parts[A] for _, parts in found]))
+        lora = LowRank(rows, columns, blocks)
         up = torch.zeros_like(lora.lora_B)
-        for block, (_, parts) in zip(blocks, found, strict=True):
-            up[slice(*block.rows), slice(*block.ranks)] = parts[B]
-        _set(lora.lora_B, up)
+        for block, second in zip(blocks, seconds, strict=True):
+            up[slice(*block.rows), slice(*block.ranks)] = second
+        _set(lora, torch.cat(firsts), up)
     if MAGNITUDE in found[0][1]:
-        if len(found) < len(group):
-            missing = sorted({piece.module for piece in group} - {piece.module for piece, _ in found})
-            raise CheckpointError(
-                f"{file.folder}: DoRA on {found[0][0].module} without {', '.join(missing)}: they are one here"
-            )
-        lora.magnitude = nn.Parameter(torch.cat([parts[MAGNITUDE].flatten() for _, parts in found]))
+        lora.magnitude = _magnitude(file, group, found)
     return lora
+
+
+def _magnitude(
+    file: AdapterFile, group: Sequence[Piece], found: list[tuple[Piece, Mapping[str, Tensor]]]
+) -> nn.Parameter:
+    if len(found) < len(group):
+        missing = sorted({piece.module for piece in group} - {piece.module for piece, _ in found})
+        raise CheckpointError(
+            f"{file.folder}: DoRA on {found[0][0].module} without {', '.join(missing)}: they are one matrix here, whose rows all "
+            "learn their length"
+        )
+    return nn.Parameter(torch.cat([parts[MAGNITUDE].flatten() for _, parts in found]))
 
 
 def _blocks(file: AdapterFile, found: list[tuple[Piece, Mapping[str, Tensor]]]) -> list[Block]:
@@ -152,14 +157,14 @@ def _stacked(
         )
     block = Block(rows=(0, rows), ranks=(0, rank), alpha=alpha, rslora=file.rslora)
     lora = LowRank(rows, columns, [block], num_experts=num)
-    _set(lora.lora_A, down_ERK)
-    _set(lora.lora_B, up_ENR)
+    _set(lora, down_ERK, up_ENR)
     return lora
 
 
-def _set(parameter: nn.Parameter, value: Tensor) -> None:
+def _set(lora: LowRank, first: Tensor, second: Tensor) -> None:
     with torch.no_grad():
-        parameter.copy_(value)
+        lora.lora_A.copy_(first)
+        lora.lora_B.copy_(second)
 
 
 def _check_shape(file: AdapterFile, piece: Piece, parts: Mapping[str, Tensor]) -> None:
