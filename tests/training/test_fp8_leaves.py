@@ -198,7 +198,7 @@ def test_what_the_feed_forward_layers_keep() -> None:
     dense = Fp8SwiGLU(plain.up_gate_proj, plain.down_proj, "emulate", keeps_products=True)
     assert saved_bytes(dense, lambda: dense(x)) == tokens * ((hidden + 8) + 2 * 2 * inner + (inner + 4))
     dense.keeps_products = False
-    assert saved_bytes(dense, lambda: dense(x)) == 0, "beside the input itself"
+    assert saved_bytes(dense, lambda: dense(x)) == 2 * tokens * hidden, "the input as it came"
     stacks = Experts(4, hidden, inner, torch.bfloat16)
     chosen = routing(tokens, 4, active)
     entry_bytes = 4 * tokens * active  # the router's weights

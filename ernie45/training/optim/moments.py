@@ -81,7 +81,7 @@ class Int8Store:
 
     def __init__(self, like: Tensor, *, signed: bool) -> None:
         self.signed = signed
-        self.levels, self.power = (127, 2) if signed else (255, 4)
+        self.levels = 127 if signed else 255
         dtype = torch.int8 if signed else torch.uint8
         self.codes = torch.zeros(like.shape, dtype=dtype, device=like.device)
         self.scales = torch.zeros(-(-like.numel() // BLOCK), dtype=torch.float32, device=like.device)
@@ -89,7 +89,7 @@ class Int8Store:
     def read(self, start: int, stop: int) -> Tensor:
         """See `Store`."""
         codes = _flat(self.codes)[start:stop].float().div_(self.levels)
-        values = codes * codes.abs() if self.signed else codes.pow_(self.power)
+        values = codes * codes.abs() if self.signed else codes.square_().square_()
         return values.mul_(self._per_value(start, stop))
 
     def write(self, start: int, values: Tensor, random: Generator) -> None:
@@ -115,11 +115,16 @@ class Int8Store:
 
     def _level_at_random(self, position: Tensor, random: Generator) -> Tensor:
         """One of the two levels around each of `position` in [0, 1], the upper one with the odds that make the mean right."""
-        low = position.pow(1 / self.power).mul_(self.levels).floor_().clamp_(max=self.levels - 1)
-        below, above = (low / self.levels).pow_(self.power), ((low + 1) / self.levels).pow_(self.power)
-        odds = (position - below) / (above - below)
-        draw = torch.rand(position.shape, generator=random, device=position.device)
-        return low.add_(draw < odds)
+        low = self._root(position).mul_(self.levels).floor_().clamp_(max=self.levels - 1)
+        below, above = self._value(low / self.levels), self._value((low + 1) / self.levels)
+        distance = above.sub_(below).mul_(torch.rand(position.shape, generator=random, device=position.device))
+        return low.add_(below.add_(distance) < position)
+
+    def _root(self, values: Tensor) -> Tensor:
+        return values.sqrt() if self.signed else values.sqrt().sqrt_()
+
+    def _value(self, shares: Tensor) -> Tensor:
+        return shares.square_() if self.signed else shares.square_().square_()
 
 
 def new_store(like: Tensor, dtype: StateDtype, *, signed: bool) -> Store:
