@@ -67,11 +67,14 @@ def exchange(served: Served, first: bytes, rest: Iterable[bytes] = ()) -> Reply:
             pass
         reply = read_reply(sock, has_body=first[:5] != b"HEAD ")
         reply.seconds = time.monotonic() - start
+        reply.body = reply.body[
+            : int(reply.headers.get("content-length", len(reply.body)))
+        ]  # what may follow is another one
         return reply
 
 
 def read_reply(sock: socket.socket, *, has_body: bool = True) -> Reply:
-    """Read one answer with a known length."""
+    """Read one answer with a known length; bytes of the next one may stand behind its body."""
     received = b""
     try:
         while b"\r\n\r\n" not in received:
@@ -82,12 +85,11 @@ def read_reply(sock: socket.socket, *, has_body: bool = True) -> Reply:
         top, _, body = received.partition(b"\r\n\r\n")
         first, *lines = top.decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        length = int(headers.get("content-length", 0)) if has_body else 0
-        while len(body) < length:
+        while has_body and len(body) < int(headers.get("content-length", 0)):
             body += sock.recv(1 << 16)
     except ConnectionResetError:
         return Reply(0)
-    return Reply(int(first.split()[1]), headers, body[:length])  # another answer may stand behind it
+    return Reply(int(first.split()[1]), headers, body)
 
 
 def is_closed(sock: socket.socket, timeout_s: float) -> bool:
