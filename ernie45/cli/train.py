@@ -15,7 +15,7 @@ from ernie45.errors import UsageError
 from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
 from ernie45.store import api
-from ernie45.store.export import find_trained
+from ernie45.store.trained import find_trained
 from ernie45.training.config import RunConfig
 from ernie45.training.erniekit import convert_erniekit
 from ernie45.training.interrupt import stop_on_signal
@@ -90,7 +90,7 @@ def _convert(path: str) -> int:
 
 def _head(prepared: Run) -> str:
     size = f"{human_count(prepared.num_parameters)} parameters"
-    if prepared.num_trained != prepared.num_parameters:
+    if prepared.config.lora is not None:
         size += f", {human_count(prepared.num_trained)} of them trained"
     elif prepared.num_active != prepared.num_parameters:
         size += f", {human_count(prepared.num_active)} active per token"

@@ -365,9 +365,10 @@ def _described(cls: type, depth: int) -> Iterator[str]:
 def _default_text(field: dataclasses.Field[Any]) -> str:
     default: Any = field.default
     if default is dataclasses.MISSING:
-        if field.default_factory is dataclasses.MISSING:
+        factory: Any = field.default_factory
+        if factory is dataclasses.MISSING:
             return "..."
-        default = field.default_factory()
+        default = factory()
     import yaml
 
     return str(yaml.safe_dump(to_plain(default), default_flow_style=True, width=1000)).removesuffix("...\n").strip()

@@ -11,7 +11,8 @@ import torch
 from ernie45.errors import CheckpointError
 from ernie45.models.text import CausalLM
 from ernie45.training.lora.adapter import adapter_of
-from ernie45.training.lora.read import adapter_from, read_adapter
+from ernie45.training.lora.adapter_file import read_adapter
+from ernie45.training.lora.read import adapter_from
 from ernie45.training.lora.write import save_adapter
 
 

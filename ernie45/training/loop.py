@@ -242,7 +242,7 @@ class Trainer:
             loss = self.parts.objective.loss(self.parts.network, batch, totals)
             if not math.isfinite(loss.total.item()):
                 self._refuse(f"the loss of pass {index + 1} is {loss.total.item()}", batches)
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            loss.total.backward()
             _add(losses, loss.logged)
         grad_norm = self.parts.optimizer.clip()
         if not math.isfinite(grad_norm):

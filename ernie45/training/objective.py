@@ -12,7 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-Item = TypeVar("Item")
+Item_contra = TypeVar("Item_contra", contravariant=True)
+Item_co = TypeVar("Item_co", covariant=True)
 B = TypeVar("B")
 
 
@@ -27,10 +28,10 @@ class Loss:
     the LM or preference loss alone, without add-ons, so that runs with and without them compare."""
 
 
-class Objective(Protocol[Item, B]):
+class Objective(Protocol[Item_contra, B]):
     """A method: pre-training, SFT, DPO, UPO."""
 
-    def collate(self, rows: Sequence[Sequence[Item]]) -> B:
+    def collate(self, rows: Sequence[Sequence[Item_contra]]) -> B:
         """Make one micro-batch of packed rows."""
 
     def totals(self, batches: Sequence[B]) -> Any:
@@ -43,10 +44,10 @@ class Objective(Protocol[Item, B]):
         """Tokens that the network reads in this batch, for tokens per second."""
 
 
-class RowStream(Protocol[Item]):
+class RowStream(Protocol[Item_co]):
     """Endless packed rows in an order that follows from the configuration alone."""
 
-    def next_row(self) -> Sequence[Item]:
+    def next_row(self) -> Sequence[Item_co]:
         """The next row. Raises: StopIteration never; data that ends starts again in a new order."""
 
     def state(self) -> dict[str, Any]:

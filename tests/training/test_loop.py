@@ -107,7 +107,10 @@ class TensorsOf:
 
     def capture(self, *, copy: bool) -> Callable[[Path], None]:
         state = {name: tensor.tolist() for name, tensor in self.model.state_dict().items()}
-        return lambda folder: (folder / "w.json").write_text(json.dumps(state)) and None
+        def write(folder: Path) -> None:
+            (folder / "w.json").write_text(json.dumps(state))
+
+        return write
 
     def restore(self, folder: Path) -> None:
         state = json.loads((folder / "w.json").read_text())

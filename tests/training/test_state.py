@@ -96,7 +96,8 @@ def test_written_on_a_thread_it_holds_the_moment_of_the_call(
 ) -> None:
     model = small_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    write = state.write_folder
+    from ernie45.checkpoint.write import write_folder as write
+
 
     def slow(*args: object, **fields: object) -> None:
         time.sleep(0.3)

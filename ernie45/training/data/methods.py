@@ -103,7 +103,7 @@ def kto_rows(
 
 def rows_of(method: str) -> Callable[..., PackedRows[Any, Any]]:
     """What makes the rows of a method of training."""
-    made = {"pretrain": pretrain_rows, "sft": sft_rows, "kto": kto_rows}
+    made: dict[str, Callable[..., PackedRows[Any, Any]]] = {"pretrain": pretrain_rows, "sft": sft_rows, "kto": kto_rows}
     return made.get(method, preference_rows)
 
 
