@@ -43,7 +43,7 @@ def copy_weights(model: nn.Module, into: nn.Module) -> int:
     copied = 0
     for name, own in into.state_dict().items():
         tensor = tensors[name]
-        if tensor.data_ptr() != own.data_ptr() or tensor.dtype != own.dtype:
+        if tensor.data_ptr() != own.data_ptr():
             own.copy_(tensor)
             copied += own.numel() * own.element_size()
     return copied

@@ -17,7 +17,7 @@ from ernie45.training.branches import BranchBatch, branch_logprobs
 from ernie45.training.lora.adapter import add_lora, merge
 from ernie45.training.lora.config import LoraConfig
 from ernie45.training.network import TrainingNetwork
-from ernie45.training.rollout import LlmGenerator
+from ernie45.training.rollout import Completion, LlmGenerator
 from ernie45.training.sampler_weights import copy_weights, sampler_twin
 from ernie45.training.upo_batch import sampled_branches
 
@@ -39,6 +39,11 @@ def shake(model: Any, seed: int = 0) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.03)
+
+
+def ids_of(found: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
+    """The tokens alone: how many rows share a step depends on time, and with it the last bit of plain matrix products."""
+    return [[answer.ids for answer in answers] for answers in found]
 
 
 def test_a_twin_shares_all_memory(small_model: Any) -> None:
@@ -98,14 +103,14 @@ def test_the_generator_samples_from_the_weights_of_now(small_model: Any, tokeniz
         generator.sync(model)
         given = generator.generate(PROMPTS, n=3, max_tokens=7, temperature=1.0, seed=11)
         fresh = LlmGenerator(llm_of(model, tokenizer), params=SamplingParams)
-        assert given == fresh.generate(PROMPTS, n=3, max_tokens=7, temperature=1.0, seed=11)
+        assert ids_of(given) == ids_of(fresh.generate(PROMPTS, n=3, max_tokens=7, temperature=1.0, seed=11))
         for prompt, answers in zip(PROMPTS, given, strict=True):
             batch = BranchBatch.of_items([sampled_branches(prompt, [answer.ids for answer in answers], "")])
             sampler = torch.tensor([logprob for answer in answers for logprob in answer.logprobs])
             whole = branch_logprobs(network, batch).detach()
             # the engine knows nothing of the table's rows beyond the tokenizer's vocabulary: at most their share apart
             torch.testing.assert_close(sampler, whole, atol=0.3, rtol=0)
-        found.append(given)
+        found.append(ids_of(given))
         shake(model, seed)
     assert found[0] != found[1]
 
@@ -125,8 +130,8 @@ def test_seeds_number_and_length(small_model: Any, tokenizer: Any) -> None:
     first = generator.generate([[5], [5]], **ask, seed=1)
     assert [len(answers) for answers in first] == [2, 2]
     assert len({answer.ids for answers in first for answer in answers}) == 4, "no two share a seed"
-    assert first == generator.generate([[5], [5]], **ask, seed=1)
-    assert first != generator.generate([[5], [5]], **ask, seed=100)
+    assert ids_of(first) == ids_of(generator.generate([[5], [5]], **ask, seed=1))
+    assert ids_of(first) != ids_of(generator.generate([[5], [5]], **ask, seed=100))
     cold = generator.generate([[5]], n=3, max_tokens=5, temperature=1e-4, seed=1)[0]
     assert len({answer.ids for answer in cold}) == 1
     for answer in (one for answers in first for one in answers):

@@ -278,6 +278,15 @@ def test_every_option_is_felt(small_model: Any, change: dict[str, Any]) -> None:
     assert any(not torch.allclose(gradients[name], changed[name], atol=1e-7, rtol=1e-4) for name in gradients)
 
 
+def test_a_penalty_in_the_reward_is_only_logged(small_model: Any) -> None:
+    network = TrainingNetwork(small_model())
+    groups = near_policy(network, GROUPS)
+    without = step(network, objective_of(), [groups])[0]
+    logged = step(network, objective_of(kl_weight=0.5, kl_in="reward"), [groups])[0]
+    assert torch.equal(logged["total"], without["total"])
+    assert float(logged["policy/reference_kl"]) > 0
+
+
 def test_what_is_logged(small_model: Any) -> None:
     network = TrainingNetwork(small_model())
     now = [replace(one, sampler_L=one.old_L) for one in near_policy(network, GROUPS, shift=0.0)]

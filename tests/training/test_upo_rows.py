@@ -103,7 +103,7 @@ def stream(
     config = UpoConfig(**(policy or {}))
     settings = RolloutConfig(**({"num_answers": 3, "max_tokens": 4} | (rollout or {})))
     network = parts.pop("network", None) or TrainingNetwork(small_model())
-    rows = parts.pop("rows_per_step", 2)
+    rows, seed = parts.pop("rows_per_step", 2), parts.pop("seed", 5)
     return UpoRows(
         config,
         settings,
@@ -112,7 +112,7 @@ def stream(
         prompts=PromptList(PROMPTS, seed=1),
         rewards=Rewards([RewardConfig(function="rows_rewards:count_of_ones")]),
         rows_per_step=rows,
-        seed=5,
+        seed=seed,
         **parts,
     )
 
@@ -148,6 +148,21 @@ def test_a_rollout_asks_once_and_serves_every_epoch(small_model: Any) -> None:
     take(rows, 1)
     assert generator.synced == len(generator.calls) == 2
     assert generator.calls[0]["seed"] != generator.calls[1]["seed"]
+
+
+def test_the_seed_decides_answers_and_order(small_model: Any) -> None:
+    generators = [Drawn(), Drawn(), Drawn()]
+    rollout = {"num_minibatches": 3, "num_epochs": 2}
+    found = [
+        take(stream(small_model, rollout=rollout, generator=generator, seed=seed), 24)
+        for seed, generator in zip((5, 5, 6), generators, strict=True)
+    ]
+    keys = [[group.branches.key() for group in groups] for groups in found]
+    assert keys[0] == keys[1]
+    assert {call["seed"] for call in generators[0].calls}.isdisjoint(call["seed"] for call in generators[2].calls)
+    prompts = [[int(group.branches.prompt_ids[0]) for group in groups] for groups in found]
+    assert prompts[0][:6] != prompts[2][:6], "the same prompts in another order"
+    assert sorted(prompts[0][:6]) == sorted(prompts[2][:6])
 
 
 def test_what_a_group_knows(small_model: Any) -> None:
