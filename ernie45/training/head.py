@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ernie45.training.network import TrainingNetwork
 
 CHUNK_ROWS = 256
-"""Rows whose logits exist together, twice. The gradient of the matrix is read and written once per chunk: with fewer rows that
+"""Rows whose logits exist together. The gradient of the matrix is read and written once per chunk: with fewer rows that
 takes longer than the products (at 200 GFLOP/s and 35 GB/s as long for 8 rows), with more the logits take memory."""
 
 
@@ -105,33 +105,25 @@ def _checked(chunk_rows: int) -> int:
 
 
 class _Chunks:
-    """Logits and log-probabilities of a chunk of rows after the other, in the same two pieces of memory."""
+    """Log-probabilities of a chunk of rows after the other, in the same piece of memory."""
 
     def __init__(self, x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_R: Tensor, num_rows: int) -> None:
         self.x_RH, self.labels_R, self.num_rows = x_RH, labels_R, max(1, min(num_rows, len(x_RH)))
         self.weight_VH = weight_VH.to(x_RH.dtype)
         self.bias_V = bias_V
-        shape = (self.num_rows, len(weight_VH))
-        self._products = x_RH.new_empty(shape)
-        self._logprobs = x_RH.new_empty(shape, dtype=sum_dtype(x_RH.dtype))
-        self._spare = (
-            self._products if self._products.dtype == self._logprobs.dtype else torch.empty_like(self._logprobs)
-        )
+        self._logits = x_RH.new_empty(self.num_rows, len(weight_VH))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Where the chunk stands, log-probabilities (C, V), which may be written to, and labels, (C, 1)."""
+        """Where the chunk stands, log-probabilities (C, V), float32 or wider, to be written to, and labels, (C, 1)."""
         for start in range(0, len(self.x_RH), self.num_rows):
             here = slice(start, min(start + self.num_rows, len(self.x_RH)))
-            count = here.stop - start
-            logits = torch.mm(self.x_RH[here], self.weight_VH.t(), out=self._products[:count]).to(self._logprobs.dtype)
+            logits = self._logits[: here.stop - start]
+            torch.mm(self.x_RH[here], self.weight_VH.t(), out=logits)
+            logits = logits.to(sum_dtype(logits.dtype))
             if self.bias_V is not None:
                 logits.add_(self.bias_V)
-            logprobs = torch.log_softmax(logits, -1, out=self._logprobs[:count])
-            yield here, logprobs, self.labels_R[here, None]
-
-    def probabilities(self, logprobs_CV: Tensor) -> Tensor:
-        """Their exponentials, (C, V), which may be written to, until the next chunk."""
-        return torch.exp(logprobs_CV, out=self._spare[: len(logprobs_CV)])
+            torch.log_softmax(logits, -1, out=logits)  # row by row, so it may write where it reads
+            yield here, logits, self.labels_R[here, None]
 
 
 class _Gradients:
@@ -227,7 +219,7 @@ class _LabelLogprobs(torch.autograd.Function):
         for here, logprobs, labels in chunks:
             found_R[here] = logprobs.gather(1, labels)[:, 0]
             if wants_entropy:
-                entropy_R[here] = -chunks.probabilities(logprobs).mul_(logprobs).sum(-1)
+                entropy_R[here] = -logprobs.exp().mul_(logprobs).sum(-1)
         ctx.save_for_backward(x_RH, weight_VH, bias_V, labels_R, entropy_R)
         ctx.chunk_rows, ctx.wants_entropy = chunk_rows, wants_entropy
         return found_R, entropy_R
@@ -239,12 +231,12 @@ class _LabelLogprobs(torch.autograd.Function):
         gradients = _Gradients(chunks, weight_VH, bias_V, ctx.needs_input_grad[:3])
         for here, logprobs, labels in chunks:
             d_label, d_entropy = grads[0][here, None], grads[1][here, None]
-            probs = chunks.probabilities(logprobs)
             # d logp[label] / d logit_v = [v = label] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
             if ctx.wants_entropy:
+                probs = logprobs.exp()
                 d_logits = logprobs.add_(entropy_R[here, None]).mul_(-d_entropy).sub_(d_label).mul_(probs)
             else:
-                d_logits = probs.mul_(-d_label)
+                d_logits = logprobs.exp_().mul_(-d_label)
             gradients.add(chunks, here, d_logits.scatter_add_(1, labels, d_label))
         one = grads[0].new_ones(())
         return (*gradients.times(one, None if bias_V is None else bias_V.dtype, weight_VH.dtype), None, None, None)

@@ -16,7 +16,7 @@ from ernie45.layers.cache import AttentionView
 from ernie45.layers.rope import rotary_rotation
 from ernie45.models.text import CausalLM
 from ernie45.training.leaves import use_training_leaves
-from ernie45.training.leaves.attention import BranchedView, TrainingAttentionCore
+from ernie45.training.leaves.attention import BranchedView, TrainingAttentionCore, groups_of
 from ernie45.training.memory import LiveMemory
 from ernie45.training.network import TrainingNetwork
 
@@ -53,7 +53,7 @@ def _with_gradient(run: Callable[[Tensor], Tensor], qkv: Tensor) -> tuple[Tensor
     return out, torch.autograd.grad(out, qkv, pull)[0]
 
 
-@pytest.mark.parametrize("lengths", [(9,), (5, 5, 5), (4, 1, 7, 4, 1, 4), (3, 8)], ids=str)
+@pytest.mark.parametrize("lengths", [(9,), (5, 5, 5), (4, 1, 7, 4, 1, 4), (3, 8), (150, 70, 150)], ids=str)
 def test_packed_documents_equal_each_by_itself(lengths: tuple[int, ...]) -> None:
     plain, leaf = _core()
     view = AttentionView(lengths=lengths)
@@ -87,15 +87,15 @@ def test_attention_against_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda qkv: leaf(qkv, rotation, view), (qkv,), fast_mode=True, atol=1e-5)
 
 
-def test_attention_keeps_projection_output_and_a_number_per_head() -> None:
-    """However many query heads share a key: no repeated keys are kept."""
+def test_attention_keeps_projection_and_output_alone() -> None:
+    """No scores, and no repeated keys however many query heads share one."""
     _, leaf = _core()
     view = AttentionView(lengths=(32, 32))
     qkv = _qkv(64)
     rotation = _rotation(view)
     with LiveMemory() as memory:
         out = leaf(qkv, rotation, view)
-        assert sum(memory.live_bytes().values()) <= 4 * 64 * (WIDTH + HEADS * HEAD_DIM + HEADS)
+        assert sum(memory.live_bytes().values()) == 4 * 64 * (WIDTH + HEADS * HEAD_DIM)
     del out
 
 
@@ -112,17 +112,16 @@ def test_a_view_with_caches_runs_as_ever(small_model: Callable[..., CausalLM]) -
     torch.testing.assert_close(torch.cat(parts), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_positions_and_masks_of_branches_by_hand() -> None:
+def test_positions_and_groups_of_branches_by_hand() -> None:
     """A prompt of 3, an answer of 2, another answer of 1, and one of 2 behind the first answer."""
     view = BranchedView(lengths=(3, 2, 1, 2), parents=(None, 0, 0, 1))
     assert view.positions().tolist() == [0, 1, 2, 3, 4, 3, 5, 6]
     assert view.ancestors == ((), (0,), (0,), (0, 1))
-    seen = [None if mask is None else (mask == 0).int().tolist() for mask in view.masks]
-    assert seen == [
-        None,
-        [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
-        [[1, 1, 1, 1]],
-        [[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1]],
+    assert [(g.num_documents, g.num_own, g.num_before) for g in groups_of(view.lengths, view.ancestors)] == [
+        (1, 3, 0),
+        (1, 2, 3),
+        (1, 1, 3),
+        (1, 2, 5),
     ]
 
 
@@ -136,10 +135,18 @@ def _whole_texts(sequences: Sequence[Tensor], view: BranchedView) -> list[Tensor
     return [torch.cat([sequences[j] for j in (*view.ancestors[i], i)]) for i in range(len(sequences))]
 
 
-@pytest.mark.parametrize("moe", [False, True])
-def test_shared_prompts_equal_whole_texts(small_model: Callable[..., CausalLM], moe: bool) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "parents", "moe"),
+    [
+        ((7, 4, 4, 1, 5, 3), (None, 0, 0, None, 3, 1), False),
+        ((7, 4, 4, 1, 5, 3), (None, 0, 0, None, 3, 1), True),
+        ((90, 100, 30, 100), (None, 0, 0, 1), False),  # several blocks of queries
+    ],
+)
+def test_shared_prompts_equal_whole_texts(
+    small_model: Callable[..., CausalLM], lengths: tuple[int, ...], parents: tuple[int | None, ...], moe: bool
+) -> None:
     """Hidden states of every answer, and the gradients of all weights when every answer counts."""
-    lengths, parents = (7, 4, 4, 1, 5, 3), (None, 0, 0, None, 3, 1)
     view = BranchedView(lengths=lengths, parents=parents)
     generator = torch.Generator().manual_seed(0)
     sequences = [torch.randint(101, (length,), generator=generator) for length in lengths]

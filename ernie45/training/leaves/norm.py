@@ -14,6 +14,9 @@ from torch import Tensor
 from ernie45.layers.norm import RMSNorm
 from ernie45.training.leaves.precision import sum_dtype
 
+_BLOCK_VALUES = 1 << 16
+"""Values of a block of rows in the backward pass: its seven passes then run in the cache."""
+
 
 class TrainingRMSNorm(RMSNorm):
     """`layers.norm.RMSNorm`; the squares are added in another order."""
@@ -45,13 +48,19 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight_H, rstd = ctx.saved_tensors
-        dy, weight = grads[0].to(rstd.dtype), weight_H.to(rstd.dtype)
-        normed = x.to(rstd.dtype) * rstd
-        product = dy * normed
-        d_weight = d_x = None
-        if ctx.needs_input_grad[1]:
-            d_weight = product.flatten(0, -2).sum(0).to(weight_H.dtype)
-        if ctx.needs_input_grad[0]:
-            share = (product @ weight).div_(x.shape[-1])[..., None]
-            d_x = (dy * weight).addcmul_(normed, share, value=-1).mul_(rstd).to(x.dtype)
-        return d_x, d_weight, None
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        weight = weight_H.to(rstd.dtype)
+        d_x = torch.empty_like(x)
+        d_weight = torch.zeros_like(weight)
+        size = max(_BLOCK_VALUES // len(weight), 1)
+        parts = (tensor.flatten(0, -2).split(size) for tensor in (x, rstd, grads[0], d_x))
+        for x_n, rstd_n, dy_n, d_x_n in zip(*parts, strict=True):
+            dy = dy_n.to(rstd.dtype)
+            normed = x_n.to(rstd.dtype) * rstd_n
+            product = dy * normed
+            if needs_weight:
+                d_weight.addmv_(product.t(), product.new_ones(len(product)))
+            if needs_x:
+                share = torch.mv(product, weight).div_(len(weight))[:, None]
+                d_x_n.copy_((dy * weight).addcmul_(normed, share, value=-1).mul_(rstd_n))
+        return d_x if needs_x else None, d_weight.to(weight_H.dtype) if needs_weight else None, None
