@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ernie45.training.plot_router import draw_router
-from ernie45.training.plot_style import Drawing, check, coloured, finish, grid, legend, styled
+from ernie45.training.plot_style import Drawing, check, coloured, finish, grid, legend, styled, whole_numbers
 from ernie45.training.run_log import RunLog, Series
 
 _MAX_COLUMNS = 3
@@ -42,9 +42,10 @@ _KNOWN = {
     "grad_norm": _Known("progress", "gradient norm"),
     "tokens_per_s": _Known("progress", "speed", "tokens/s"),
     "mfu": _Known("progress", "model FLOP utilisation", "% of peak", scale=100),
+    "data_share": _Known("progress", "waiting for data", "% of the time", scale=100),
     "memory_bytes": _Known("progress", "memory", "GB", scale=1e-9, steady=True),
 }
-_IN_NATS = ("loss", "mtp_loss", "eval/loss")
+_IN_NATS = ("loss", "mtp_loss", "eval/loss", "eval/mtp_loss")
 _HEADINGS = {
     "loss": "Loss",
     "losses": "Parts of the loss",
@@ -87,9 +88,10 @@ def _lines(name: str, keys: Sequence[str], runs: Sequence[RunLog]) -> Drawing:
                 means |= _line(axes, series, known, colour)
         axes.set_title(known.title, loc="left")
         axes.set(xlabel="step", ylabel=known.unit or _unit_of_loss(key, runs))
+        whole_numbers(axes.xaxis)
     legend(canvas, runs)
     caption = "Thin: every logged value; thick: their mean over about 2 % of the run." if means else ""
-    return finish(canvas, name, _HEADINGS.get(name, name.capitalize()), caption)
+    return finish(canvas, name, _HEADINGS.get(name, name.replace("_", " ").capitalize()), caption)
 
 
 def _line(axes: Any, series: Series, known: _Known, colour: str) -> bool:

@@ -70,6 +70,7 @@ def _entropy(canvas: Any, axes: Any, runs: Sequence[RunLog]) -> None:
         axes.set_title("router entropy, mean and range of the layers", loc="left")
         legend(canvas, runs)
     axes.set(xlabel="step", ylabel="nats")
+    whole_numbers(axes.xaxis)
 
 
 def _load(run: RunLog, among_others: bool) -> Drawing:
@@ -80,6 +81,7 @@ def _load(run: RunLog, among_others: bool) -> Drawing:
     canvas, panels = grid(num_layers, columns=min(3, num_layers), height=2.2)
     for layer, axes in enumerate(panels):
         image = _heat(axes, edges(steps), np.arange(num_experts + 1) - 0.5, load[:, layer].T, _brightest(load))
+        whole_numbers(axes.xaxis)
         whole_numbers(axes.yaxis)
         axes.set_title(f"MoE layer {layer}", loc="left")
         axes.set(xlabel="step", ylabel="expert")

@@ -95,7 +95,7 @@ def legend(canvas: Any, runs: Sequence[RunLog]) -> None:
 
 
 def whole_numbers(axis: Any) -> None:
-    """Mark an axis of layers or experts at whole numbers alone."""
+    """Mark an axis of steps, layers or experts at whole numbers alone."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -63,6 +63,10 @@ def test_each_part_by_hand() -> None:
     astray = check("床前明月光，黃河入海流。舉頭望明月，低頭思故鄉。", quatrain)
     assert (astray.lines, astray.characters, astray.rhyme) == (1, 1, 0)
     assert astray.reward == pytest.approx(2 / 3)
+    again = check("床前明月光，疑是地上霜。床前明月光，低頭思故鄉。", quatrain)
+    assert (again.lines, again.characters, again.rhyme) == (1, 3 / 4, 1), "a line said twice counts once"
+    letters = check("abcde，12345。fghij，床前明月、。", quatrain)
+    assert (letters.lines, letters.characters, letters.rhyme) == (1, 0, 0), "only Chinese characters count"
 
 
 @pytest.mark.usefixtures("hand_tracks")
