@@ -3,9 +3,11 @@
 Training does not import the engine. It takes an object that generates (`Generator`); `LlmGenerator` makes one of anything that has the
 interface of `ernie45.LLM`:
 
-    llm = LLM(sampler_twin(network.model), tokenizer=tokenizer)     # a second network over the same memory
+    llm = LLM(sampler_twin(network.model), tokenizer=tokenizer, max_step_tokens_beside_decodes=512)
     generator = LlmGenerator(llm, params=SamplingParams)
 
+The twin is a second network over the same memory. A fixed number of prompt tokens beside those that decode makes steps independent of
+time: who shares a step decides on the last bits of plain matrix products, and a run that goes on shall sample what it would have.
 Before each rollout `sync` brings over what does not share memory and empties the prefix cache.
 """
 

@@ -30,7 +30,8 @@ def tokenizer(train_byte_level: Any) -> Any:
 
 
 def llm_of(model: CausalLM, tokenizer: Any) -> LLM:
-    return LLM(sampler_twin(model), tokenizer=tokenizer, max_model_len=128)
+    """With steps that do not depend on time, and so with the same bits every time."""
+    return LLM(sampler_twin(model), tokenizer=tokenizer, max_model_len=128, max_step_tokens_beside_decodes=64)
 
 
 def shake(model: Any, seed: int = 0) -> None:
@@ -42,7 +43,7 @@ def shake(model: Any, seed: int = 0) -> None:
 
 
 def ids_of(found: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
-    """The tokens alone: how many rows share a step depends on time, and with it the last bit of plain matrix products."""
+    """The tokens alone: a prefix that is cached changes who shares a step, and with it the last bits of plain matrix products."""
     return [[answer.ids for answer in answers] for answers in found]
 
 
@@ -103,14 +104,14 @@ def test_the_generator_samples_from_the_weights_of_now(small_model: Any, tokeniz
         generator.sync(model)
         given = generator.generate(PROMPTS, n=3, max_tokens=7, temperature=1.0, seed=11)
         fresh = LlmGenerator(llm_of(model, tokenizer), params=SamplingParams)
-        assert ids_of(given) == ids_of(fresh.generate(PROMPTS, n=3, max_tokens=7, temperature=1.0, seed=11))
+        assert given == fresh.generate(PROMPTS, n=3, max_tokens=7, temperature=1.0, seed=11)
         for prompt, answers in zip(PROMPTS, given, strict=True):
             batch = BranchBatch.of_items([sampled_branches(prompt, [answer.ids for answer in answers], "")])
             sampler = torch.tensor([logprob for answer in answers for logprob in answer.logprobs])
             whole = branch_logprobs(network, batch).detach()
             # the engine knows nothing of the table's rows beyond the tokenizer's vocabulary: at most their share apart
             torch.testing.assert_close(sampler, whole, atol=0.3, rtol=0)
-        found.append(ids_of(given))
+        found.append(given)
         shake(model, seed)
     assert found[0] != found[1]
 
