@@ -4,7 +4,7 @@
     w = (1 - lr wd) w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
 Source: Loshchilov and Hutter, arXiv 1711.05101. What is kept in float32 is moved where it lies, bit for bit as
-`torch.optim.AdamW(fused=True)` does it; narrow moments and weights pass through float32 a megabyte-sized piece at a time.
+`torch.optim.AdamW(fused=True)` does it; narrow moments and weights pass through float32 a few megabytes at a time.
 """
 
 from __future__ import annotations
