@@ -89,8 +89,12 @@ def parse(data: bytes) -> Any:
         raise _no_json("holds half of a surrogate pair") from error
     except RecursionError as error:
         raise _too_deep() from error
-    except ValueError as error:
-        raise _no_json(f"is no JSON: {error}") from error
+    except json.JSONDecodeError as error:
+        found = error.msg.removesuffix(" at").replace("Expecting", "expected")
+        place = f"at line {error.lineno} column {error.colno}"
+        raise _no_json(f"is no JSON: {found[:1].lower()}{found[1:]} {place}") from error
+    except ValueError as error:  # Python converts no more than some thousand digits
+        raise _no_json("holds a whole number that is too long") from error
     _check_values(value)
     return value
 

@@ -129,14 +129,16 @@ def test_nobody_waits_for_a_process_that_is_slow_to_exit(monkeypatch: pytest.Mon
 
     async def work(client: FakedClient) -> None:
         answer = await client.submit(submit())
-        assert client._process is not None
-        monkeypatch.setattr(client._process, "wait", _slow_exit)
-        client._process.kill()
+        process = client._process
+        assert process is not None
+        monkeypatch.setattr(process, "wait", _slow_exit)
+        process.kill()
         start = time.monotonic()
         with pytest.raises(EngineDownError):
             await events(answer)
         assert time.monotonic() - start < 0.7
         monkeypatch.undo()
+        process.wait()  # which the client believes to have done
 
     run(FakedClient("waits"), work)
 

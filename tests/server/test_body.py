@@ -80,6 +80,12 @@ def test_places_are_named() -> None:
         parse(b'{"a": {"b": 1, "c": 2, "b": 3}}')
     with pytest.raises(ApiError, match="no UTF-8 at line 3 column 8"):
         parse(b'{"a": 1,\n\n"b": "x\xff"}')
+    with pytest.raises(ApiError, match="is no JSON: unterminated string starting at line 2 column 2"):
+        parse(b'[\n "abc')
+    with pytest.raises(ApiError, match="is no JSON: expected ',' delimiter at line 1 column 4"):
+        parse(b"[1 2]")
+    with pytest.raises(ApiError, match="whole number that is too long"):
+        parse(b"[" + b"9" * 5000 + b"]")
     with pytest.raises(ApiError, match="holds NaN"):
         parse(b'{"a": NaN}')
     with pytest.raises(ApiError, match="half of a surrogate pair"):
