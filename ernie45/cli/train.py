@@ -68,7 +68,9 @@ class _Store:
         from ernie45.engine.params import SamplingParams
         from ernie45.llm import LLM
 
-        return LlmGenerator(LLM(sampler_twin(model), tokenizer=tokenizer), params=SamplingParams)
+        # A fixed number, where serving goes by the clock: equal rollouts need equal steps.
+        llm = LLM(sampler_twin(model), tokenizer=tokenizer, max_step_tokens_beside_decodes=512)
+        return LlmGenerator(llm, params=SamplingParams)
 
 
 def _weights(name: str) -> Path:

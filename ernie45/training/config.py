@@ -8,6 +8,7 @@ from typing import Any, Literal
 from ernie45.config.model import ModelConfig
 from ernie45.errors import ConfigError
 from ernie45.training.data import DataConfig
+from ernie45.training.fp8 import Fp8Config
 from ernie45.training.language import LanguageLossConfig
 from ernie45.training.loop import LoopConfig
 from ernie45.training.lora.config import LoraConfig
@@ -31,6 +32,7 @@ _READ_BY = {
     "upo": ("upo",),
     "rollout": ("upo",),
     "rewards": ("upo",),
+    "pairs": ("upo",),
     "reference_refresh_steps": ("dpo", "kto", "upo"),
 }
 
@@ -92,10 +94,14 @@ class RunConfig:
     """Of upo: how answers are gathered."""
     rewards: tuple[RewardConfig, ...] = ()
     """Of upo: what answers are worth."""
+    pairs: DataConfig | None = None
+    """Of upo with `pair_source: offline`: pairs of answers, prepared before."""
     reference_refresh_steps: int = 0
     """Of dpo, kto and upo without lora: steps after which the reference takes over the trained weights; 0 = never."""
     lora: LoraConfig | None = None
     """Train adapters and leave the weights as they are."""
+    fp8: Fp8Config | None = None
+    """Of pretrain and sft: products of feed-forward layers and experts in 8-bit floats."""
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -118,6 +124,13 @@ class RunConfig:
                 )
         if self.method == "upo" and not self.rewards:
             raise ConfigError("rewards are missing: upo needs at least one to judge answers by")
+        if self.method == "upo" and (self.pairs is not None) != self.upo.has_offline_pairs:
+            need = "are needed with" if self.pairs is None else "are read only with"
+            raise ConfigError(f"pairs {need} upo.pair_source offline and a preference_weight")
+        if self.optimizer.lora_plus_scale != 1:
+            raise ConfigError("optimizer.lora_plus_scale is set: it belongs into the section lora here")
+        if self.fp8 is not None and (self.lora is not None or self.method not in LANGUAGE_METHODS):
+            raise ConfigError("fp8 is for weights that learn by pretrain or sft: leave it out")
         if self.reference_refresh_steps < 0 or (self.reference_refresh_steps and self.lora is not None):
             raise ConfigError(
                 f"reference_refresh_steps is {self.reference_refresh_steps}: expected 0 or more, and 0 with lora, whose reference is "

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -271,17 +271,28 @@ def dump_batches(path: Path, batches: Sequence[Any]) -> None:
     """Write every tensor of some batches as `<batch>.<field>`, with the fields that are no tensors in the header."""
     tensors: dict[str, Tensor] = {}
     words: dict[str, str] = {}
-    for index, batch in enumerate(batches):
-        for name in (item.name for item in dataclasses.fields(batch)):
-            value = getattr(batch, name)
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-            else:
-                words[f"{index}.{name}"] = json.dumps(value, default=str)
+    for name, value in _leaves(list(batches), ""):
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().cpu().contiguous()
+        else:
+            words[name] = json.dumps(value, default=str)
     plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     with SafetensorsWriter(path, plan, metadata=words) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor)
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What a batch holds below lists and dataclasses that hold tensors, by its path."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts: Iterable[tuple[Any, Any]] = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
+    elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) or dataclasses.is_dataclass(part) for part in value):
+        parts = enumerate(value)
+    else:
+        yield path, value
+        return
+    for name, part in parts:
+        yield from _leaves(part, f"{path}.{name}" if path else str(name))
 
 
 def _add(sums: dict[str, float], values: Mapping[str, Tensor]) -> None:

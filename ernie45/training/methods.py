@@ -117,7 +117,7 @@ def _kto(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer) -> M
 
 def _upo(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer, generator: Generator) -> Method:
     upo = config.upo
-    offline = bool(upo.preference_weight) and upo.pair_source == "offline"
+    offline = upo.has_offline_pairs
     reference = (
         _reference(config, network) if upo.asks_reference or (offline and upo.preference.uses_reference) else None
     )
@@ -137,7 +137,7 @@ def _upo(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer, gene
         seed=config.train.seed,
         critic=objective.critic,
         reference=reference if upo.asks_reference else None,
-        pairs=data.preference_rows(config.data, tokenizer, part="valid") if offline else None,
+        pairs=None if config.pairs is None else data.preference_rows(config.pairs, tokenizer),
     )
     method = Method(objective=objective, rows=rows)
     if objective.critic is not None:

@@ -23,6 +23,7 @@ from ernie45.processing.tokenizer import Tokenizer
 from ernie45.training import data
 from ernie45.training.adapter_weights import AdapterWeights
 from ernie45.training.config import LANGUAGE_METHODS, RunConfig
+from ernie45.training.fp8 import use_fp8
 from ernie45.training.loop import Parts, StepInfo, Trainer
 from ernie45.training.lora.adapter import add_lora
 from ernie45.training.methods import Method, build_method
@@ -74,6 +75,8 @@ def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Prog
     tokenizer = _tokenizer(config, library)
     model = _model(config, library, tokenizer, progress)
     network = TrainingNetwork(model, recompute=config.recompute)
+    if config.fp8 is not None:
+        use_fp8(model, config.fp8)
     method = build_method(config, network, tokenizer, lambda: library.generator(model, tokenizer))
     optimizer = build_optimizer(
         [*model.named_parameters(), *_further_parameters(method.modules)],

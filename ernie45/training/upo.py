@@ -60,7 +60,7 @@ class UpoObjective:
 
         Raises: ConfigError if such a reference is missing.
         """
-        offline = bool(config.preference_weight) and config.pair_source == "offline"
+        offline = config.has_offline_pairs
         if offline and config.preference.uses_reference and reference is None:
             raise ConfigError(
                 f"pairs of a data set with loss_type {config.preference.loss_type} need a reference policy"

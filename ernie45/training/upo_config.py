@@ -96,6 +96,11 @@ class UpoConfig:
         return bool(self.preference_weight) and self.pair_source == "online"
 
     @property
+    def has_offline_pairs(self) -> bool:
+        """Whether the preference part compares answers of a data set."""
+        return bool(self.preference_weight) and self.pair_source == "offline"
+
+    @property
     def asks_reference(self) -> bool:
         """Whether sampled answers need their log-probabilities under the reference."""
         return bool(self.policy and self.kl_weight) or (self.has_online_pairs and self.preference.uses_reference)

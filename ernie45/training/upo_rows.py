@@ -201,7 +201,7 @@ class UpoRows:
 
 
 def _check_parts(config: UpoConfig, **parts: object) -> None:
-    offline = bool(config.preference_weight) and config.pair_source == "offline"
+    offline = config.has_offline_pairs
     wanted = {
         "critic": (config.has_critic, "advantages: gae needs it, and nothing else does"),
         "reference": (config.asks_reference, "kl_weight needs it, and online pairs whose loss has a reference"),

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ernie45.errors import ConfigError, TrainingError
 from ernie45.training.interrupt import stop_on_signal
-from ernie45.training.loop import LoopConfig, Parts, StepInfo, Trainer
+from ernie45.training.loop import LoopConfig, Parts, StepInfo, Trainer, dump_batches
 from ernie45.training.objective import Loss
 from ernie45.training.state import CheckpointConfig, Checkpoints, checkpoint_paths
 
@@ -249,6 +250,19 @@ def test_a_loss_that_is_no_number_stops_before_anything_moves(tmp_path: Path, wh
     dumped = load_file(tmp_path / "failed-step-00000003.safetensors")
     assert dumped["0.x"].tolist() == pytest.approx([f(i) for i in (5, 6) for f in (math.sin, math.cos)])
     assert run.step == 2
+
+
+def test_a_dump_reaches_into_batches_of_batches(tmp_path: Path) -> None:
+    @dataclass
+    class Outer:
+        inner: Points
+        several: list[Tensor]
+
+    dump_batches(tmp_path / "x.safetensors", [Outer(Points(torch.arange(2.0), (7,)), [torch.ones(1)])])
+    dumped = load_file(tmp_path / "x.safetensors")
+    assert {name: value.tolist() for name, value in dumped.items()} == {"0.inner.x": [0, 1], "0.several.0": [1]}
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"0.inner.origins": "[7]"}
 
 
 def test_further_state_is_saved_and_put_back(tmp_path: Path) -> None:

@@ -123,6 +123,29 @@ def test_answers_are_sampled_judged_and_learnt_from(run_file: RunFile, tmp_path:
     assert all(0 <= line["rewards/score"] <= 1 for line in metrics(tmp_path / "whole"))
 
 
+def test_answers_and_pairs_of_a_data_set_are_learnt_from_together(run_file: RunFile, tmp_path: Path) -> None:
+    run_file("pairs.yaml", method="dpo")  # writes the rows
+    path = run_file(
+        method="upo",
+        train={"steps": 2, "rows_per_pass": 2},
+        upo={"preference_weight": 0.5, "pair_source": "offline", "pair_ratio": 1.0},
+        rollout={"num_answers": 2, "max_tokens": 4},
+        rewards=[{"function": "length", "options": {"maximum": 10}}],
+        pairs={"train": [{"path": str(tmp_path / "dpo.jsonl")}], "max_seq_len": 160},
+    )
+    assert train(path, "--run", tmp_path / "run") == 0
+    assert all(line["rewards/accuracy"] >= 0 for line in metrics(tmp_path / "run"))
+
+
+def test_products_in_fp8_learn_as_well(run_file: RunFile, tmp_path: Path) -> None:
+    fields = {"train": {"steps": 12, "rows_per_pass": 2}}
+    assert train(run_file("a.yaml", **fields), "--run", tmp_path / "a") == 0
+    assert train(run_file("b.yaml", fp8={}, **fields), "--run", tmp_path / "b") == 0
+    a, b = ([line["loss"] for line in metrics(tmp_path / name)] for name in "ab")
+    assert a[:3] != b[:3], "the option does something"
+    assert b == pytest.approx(a, rel=0.05)
+
+
 def remove_newest(folder: Path) -> None:
     """As if the run had been killed before its last checkpoint."""
     (checkpoint_paths(folder / "checkpoints")[-1] / "state.json").unlink()
@@ -233,6 +256,10 @@ def test_accumulation_makes_the_step_of_larger_passes(run_file: RunFile, tmp_pat
         (["model.network.vocab_size=100"], 1, "the tokenizer has 320 tokens, the network 100: set network.vocab_size"),
         (["model.start=nothing-here"], 1, "start and network given: name one of"),
         (["preference.beta=0.5"], 1, "preference is set but the method is pretrain"),
+        (["pairs={train: [{path: a.jsonl}]}"], 1, "pairs is set but the method is pretrain"),
+        (["optimizer.lora_plus_scale=4"], 1, "it belongs into the section lora"),
+        (["fp8={}", "lora={}"], 1, "fp8 is for weights that learn by pretrain or sft"),
+        (["reference_refresh_steps=3"], 1, "reference_refresh_steps is set but the method is pretrain"),
         (["train.eval_every=1"], 1, "there are no valid rows"),
         (["data.train=[{path: none.jsonl}]"], 4, "none.jsonl"),
     ],
