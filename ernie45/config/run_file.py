@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import itertools
 import json
 import math
 import re
@@ -381,7 +382,7 @@ def _field_words(cls: type) -> dict[str, str]:
     except (OSError, TypeError, SyntaxError):
         return {}
     words, body = {}, getattr(tree, "body", [])
-    for field, text in zip(body, body[1:], strict=False):
+    for field, text in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             value = getattr(text.value, "value", None)
             if isinstance(value, str):

@@ -173,10 +173,13 @@ def _number(value: Any) -> Any:
     return value
 
 
-_READ_BELOW = {
-    "stage", "fine_tuning", "lora", "lora_rank", "lora_alpha", "rslora", "rslora_plus", "lora_plus_scale",
-    "adam_beta1", "adam_beta2", "train_dataset_path", "train_dataset_prob", "train_dataset_type", "eval_dataset_path", "eval_dataset_prob", "eval_dataset_type",
-}  # fmt: skip
+_READ_BELOW = (
+    *("stage", "fine_tuning", "adam_beta1", "adam_beta2"),
+    *("lora", "lora_rank", "lora_alpha", "rslora", "rslora_plus", "lora_plus_scale"),
+    *("train_dataset_path", "train_dataset_prob", "train_dataset_type"),
+    *("eval_dataset_path", "eval_dataset_prob", "eval_dataset_type"),
+)
+"""Fields that functions of their own read."""
 
 _PLAIN = {
     "model_name_or_path": "model.start",

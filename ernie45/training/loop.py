@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ernie45.checkpoint.safetensors import SafetensorsWriter
 from ernie45.errors import ConfigError, TrainingError
-from ernie45.training.resident import memory_bytes
 from ernie45.training.metrics import MetricsFile
 from ernie45.training.objective import Objective, RowStream
+from ernie45.training.resident import memory_bytes
 from ernie45.training.state import Checkpoints, Snapshot, random_state, set_random_state
 
 
@@ -285,8 +285,12 @@ def dump_batches(path: Path, batches: Sequence[Any]) -> None:
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """What a batch holds below lists and dataclasses that hold tensors, by its path."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts: Iterable[tuple[Any, Any]] = ((item.name, getattr(value, item.name)) for item in dataclasses.fields(value))
-    elif isinstance(value, list | tuple) and any(isinstance(part, Tensor) or dataclasses.is_dataclass(part) for part in value):
+        parts: Iterable[tuple[Any, Any]] = (
+            (item.name, getattr(value, item.name)) for item in dataclasses.fields(value)
+        )
+    elif isinstance(value, list | tuple) and any(
+        isinstance(part, Tensor) or dataclasses.is_dataclass(part) for part in value
+    ):
         parts = enumerate(value)
     else:
         yield path, value

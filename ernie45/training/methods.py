@@ -94,8 +94,8 @@ def _check_first_loss(expected: float, info: StepInfo) -> None:
     loss = info.losses["loss"]
     if info.step == 1 and abs(loss - expected) > _FIRST_LOSS_SLACK * expected:
         _logger.warning(
-            "the first loss is %.3f, random weights should give ln(vocabulary) = %.3f: look at the rows with `ernie data preview`, and at "
-            "initializer_range",
+            "the first loss is %.3f, random weights should give ln(vocabulary) = %.3f: look at the rows with "
+            "`ernie data preview`, and at initializer_range",
             loss,
             expected,
         )

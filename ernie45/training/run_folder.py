@@ -56,10 +56,10 @@ class RunFolder:
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         differing = [key for key in differing if not any(key == free or key.startswith(f"{free}.") for free in _FREE)]
         if differing and self.newest is not None:
-            key = differing[0]
+            key, more = differing[0], f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
             raise CheckpointError(
-                f"{self.path} holds a run with another configuration: {key} was {before.get(key)!r}, now {now.get(key)!r}"
-                f"{f' (and {len(differing) - 1} more)' if len(differing) > 1 else ''}; choose another folder with --run, or remove this one"
+                f"{self.path} holds a run with another configuration: {key} was {before.get(key)!r}, now {now.get(key)!r}{more}; "
+                "choose another folder with --run, or remove this one"
             )
 
     def begin(self, facts: Mapping[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """Checkpoints of a run: everything that the next step depends on, whole or not at all.
 
 A checkpoint is a folder `step-00000100` that holds the weights as a model that can be served (`model/`, or `adapter/`), one
-safetensors file per kind of state (`optimizer`, `ema`, `rng`, ..) and `state.json` with counters, the position in the data and the SHA-256 of
-every file. It is written beside its name and renamed when it is on the disk, so a run that is killed at any moment finds the checkpoint
-before or this one. Older ones are removed only after that.
+safetensors file per kind of state (`optimizer`, `ema`, `rng`, ..), and `state.json` with counters, the position in the data and
+the SHA-256 of every file. It is written beside its name and renamed when it is on the disk, so a run that is killed at any moment
+finds the checkpoint before or this one. Older ones are removed only after that.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Checkpoints:
         def write() -> None:
             try:
                 self._write(snapshot, write_weights)
-            except BaseException as error:  # noqa: BLE001  # raised again by wait(), on the thread that can act on it
+            except BaseException as error:  # raised again by wait(), on the thread that can act on it
                 self._failure = error
 
         self._writing = threading.Thread(target=write, name="checkpoint")

@@ -108,6 +108,7 @@ class TensorsOf:
 
     def capture(self, *, copy: bool) -> Callable[[Path], None]:
         state = {name: tensor.tolist() for name, tensor in self.model.state_dict().items()}
+
         def write(folder: Path) -> None:
             (folder / "w.json").write_text(json.dumps(state))
 

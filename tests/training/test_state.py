@@ -98,7 +98,6 @@ def test_written_on_a_thread_it_holds_the_moment_of_the_call(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     from ernie45.checkpoint.write import write_folder as write
 
-
     def slow(*args: object, **fields: object) -> None:
         time.sleep(0.3)
         write(*args, **fields)  # type: ignore[arg-type]
