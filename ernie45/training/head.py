@@ -39,7 +39,7 @@ def lm_loss_sum(
     normed_RH, labels_R, _ = _labelled(net, hidden_TH, labels_T, mtp)
     weight, bias = _matrix(net)
     learns = torch.is_grad_enabled()
-    return _LossSum.apply(normed_RH, weight, bias, labels_R, _checked(chunk_rows), learns)
+    return _LossSum.apply(normed_RH, weight, bias, labels_R, _checked(chunk_rows), learns)  # type: ignore[no-untyped-call]
 
 
 def label_logprobs(
@@ -60,7 +60,7 @@ def _logprobs(
     net: TrainingNetwork, hidden_TH: Tensor, labels_T: Tensor, chunk_rows: int, *, wants_entropy: bool
 ) -> tuple[Tensor, Tensor]:
     normed_RH, labels_R, rows_R = _labelled(net, hidden_TH, labels_T, mtp=False)
-    found = _LabelLogprobs.apply(normed_RH, *_matrix(net), labels_R, _checked(chunk_rows), wants_entropy)
+    found = _LabelLogprobs.apply(normed_RH, *_matrix(net), labels_R, _checked(chunk_rows), wants_entropy)  # type: ignore[no-untyped-call]
     nothing_T = torch.zeros(labels_T.shape, device=hidden_TH.device)
     logprobs_T, entropy_T = (nothing_T.to(values.dtype).index_copy(0, rows_R, values) for values in found)
     return logprobs_T, entropy_T

@@ -19,7 +19,7 @@ class LiveMemory(TorchDispatchMode):
     """Bytes of the tensors that operations inside the block have made and that are still alive, under the name of who ran."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no annotation there
         self.owner: str | int = ""
         """Who runs now."""
         self.largest_bytes = 0

@@ -44,7 +44,7 @@ def _assert_same_gradients(one: CausalLM, other: CausalLM, atol: float = 1e-5) -
     for (name, mine), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
         assert (mine.grad is None) == (theirs.grad is None), name
         if mine.grad is not None:
-            torch.testing.assert_close(mine.grad, theirs.grad, atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(mine.grad, theirs.grad, atol=atol, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_loss_and_gradients_equal_transformers(transformers_model: Any, moe: boo
     torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
     loss.backward()
     for (name, mine), other in zip(model.named_parameters(), gradients.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.data, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(mine.grad, other.data, atol=1e-5, rtol=1e-3, msg=name)
 
 
 def test_names_stay_and_copies_are_their_own(small_model: Callable[..., CausalLM]) -> None:
@@ -128,21 +128,21 @@ def test_packed_documents_equal_each_by_itself(small_model: Callable[..., Causal
 def test_routers_are_recorded_once_and_let_go(small_model: Callable[..., CausalLM]) -> None:
     """In order of the layers, with the logits' gradient, whatever is computed again; the choice is that of the plain router."""
     for policy in ("none", "full"):
-        net = TrainingNetwork(small_model(moe=True), recompute=RecomputeConfig(policy=policy))  # type: ignore[arg-type]  # of a loop
+        net = TrainingNetwork(small_model(moe=True), recompute=RecomputeConfig(policy=policy))
         batch = _batch()
         records = net.run(batch).routers
-        assert [record.router for record in records] == [net.model.model.layers[i].mlp.gate for i in (1, 2)]  # type: ignore[union-attr]
+        assert [record.router for record in records] == [net.model.model.layers[i].mlp.gate for i in (1, 2)]
         for record in records:
             assert record.logits_TE.shape == (batch.num_tokens, 8)
             assert record.logits_TE.dtype == torch.float32
             _, ids = route(record.logits_TE, record.router.e_score_correction_bias, 3, 1e-12)
             assert torch.equal(record.ids_TK, ids)
-        sum(record.logits_TE.logsumexp(-1).square().sum() for record in records).backward()  # type: ignore[union-attr]
+        sum(record.logits_TE.logsumexp(-1).square().sum() for record in records).backward()
         assert records[0].router.weight.grad is not None
         assert net.model.model.layers[0].self_attn.qkv_proj.weight.grad is not None
-        assert [record.router.recorded for record in records] == [None, None]  # type: ignore[attr-defined]
+        assert [record.router.recorded for record in records] == [None, None]
         net.model.hidden(batch.tokens_T, batch.view())
-        assert [record.router.recorded for record in records] == [None, None]  # type: ignore[attr-defined]
+        assert [record.router.recorded for record in records] == [None, None]
 
 
 @pytest.mark.parametrize("variant", [MtpVariant(), MtpVariant(final_norm_on_input=True)], ids=str)
@@ -245,7 +245,7 @@ def test_flops_by_hand() -> None:
 
 
 def test_flops_count_active_experts_alone() -> None:
-    sizes = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 3}
+    sizes: dict[str, Any] = {"moe_num_experts": 8, "moe_k": 2, "moe_intermediate_size": 3}
     fields: dict[str, Any] = {
         "vocab_size": 10,
         "hidden_size": 4,

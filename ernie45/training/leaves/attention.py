@@ -61,7 +61,7 @@ class TrainingAttentionCore(AttentionCore):
             return super().forward(qkv_TX, rotation_TJ, view)
         heads = Heads(num_query=self.num_heads, num_key=self.num_kv_heads, dim=self.head_dim)
         ancestors = view.ancestors if isinstance(view, BranchedView) else ((),) * len(view.lengths)
-        return PackedAttention.apply(qkv_TX, rotation_TJ, groups_of(view.lengths, ancestors), heads, self.scale)
+        return PackedAttention.apply(qkv_TX, rotation_TJ, groups_of(view.lengths, ancestors), heads, self.scale)  # type: ignore[no-untyped-call]
 
 
 @lru_cache(maxsize=8)  # every layer of a step asks for the same

@@ -38,7 +38,7 @@ class TrainingExperts(Experts):
         tokens_L = routing.tokens.long()
         # Every token stands in K slots; sorted by token they come in the order of expert ids.
         slots_TK = tokens_L.argsort(stable=True).view(routing.ids_TK.shape)
-        out = _GroupedExperts.apply(
+        out = _GroupedExperts.apply(  # type: ignore[no-untyped-call]
             x_TH.to(dtype),
             self.up_gate_proj.to(dtype),
             self.down_proj.to(dtype),

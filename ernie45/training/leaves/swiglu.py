@@ -50,14 +50,14 @@ class TrainingSwiGLU(SwiGLU):
             cast = (
                 None if t is None else t.to(dtype) for t in (x_TH, up_gate.weight, up_gate.bias, down.weight, down.bias)
             )
-            return add_residual(_FeedForward.apply(*cast, self.keeps_products), residual_TH)
+            return add_residual(_FeedForward.apply(*cast, self.keeps_products), residual_TH)  # type: ignore[no-untyped-call]
         # Somebody has replaced a matrix, by one with an adapter or of a narrow format: theirs are the products.
         if self.keeps_products or not torch.is_grad_enabled():
             return add_residual(self._by_parts(x_TH), residual_TH)
         return add_residual(checkpoint(self._by_parts, x_TH, use_reentrant=False), residual_TH)
 
     def _by_parts(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj(_Activation.apply(self.up_gate_proj(x_TH)))
+        return self.down_proj(_Activation.apply(self.up_gate_proj(x_TH)))  # type: ignore[no-untyped-call]
 
 
 class _Activation(torch.autograd.Function):
