@@ -97,6 +97,7 @@ def server_config(options: argparse.Namespace, model: Path, keys: list[str]) -> 
             concurrent_requests=options.concurrent_requests,
         ),
         drain_timeout_s=options.drain_timeout,
+        load_timeout_s=options.load_timeout,
     )
 
 

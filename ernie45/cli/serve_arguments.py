@@ -97,6 +97,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that running requests may go on after SIGTERM (default 30)",
     )
+    network.add_argument(
+        "--load-timeout",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds without a word after which an engine that loads is given up (default 600)",
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument(
         "--max-model-len", type=int, metavar="N", help="tokens of prompt and answer (default: at most 8192)"

@@ -262,7 +262,9 @@ class EngineClient:
         """What the first start failed with, as the class that the other process raised."""
         if self._not_started is None:
             how = "was stopped" if self._stop_asked.is_set() else f"ended ({self.last_error})"
-            remedy = "; raise load_timeout_s if loading takes that long here" if self._why_killed else ""
+            remedy = (
+                "; raise load_timeout_s (--load-timeout) if loading takes that long here" if self._why_killed else ""
+            )
             return EngineDownError(f"the engine's process {how} while it loaded the model{remedy}")
         kind = getattr(errors, self._not_started.error, None)
         known = isinstance(kind, type) and issubclass(kind, Ernie45Error)

@@ -43,6 +43,7 @@ def launch_of(*arguments: str) -> Any:
         (["--allowed-host", "api.example"], "allowed_hosts", ("api.example",)),
         (["--timeout-graceful-shutdown", "3"], "drain_timeout_s", 3.0),
         (["--drain-timeout", "4"], "drain_timeout_s", 4.0),
+        (["--load-timeout", "5"], "load_timeout_s", 5.0),
         (["--chat-page"], "chat_page", True),
     ],
 )
