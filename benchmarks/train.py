@@ -10,6 +10,7 @@ README.md says what is measured, and how. Exit codes are those of `ernie`.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         raise UsageError(
             f"no case holds {', '.join(options.only)} in its name; they are {', '.join(c.name for c in CASES)}"
         )
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it with its first tensor, in every process measured
     began = {"date": common.now(), "commit": common.commit()}  # before somebody edits or commits
     peak_size = {"size": 64 if options.quick else 2048}
     peaks = [common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, **peak_size)]
@@ -192,7 +194,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         " (length + 1), what is computed again not counted; peak:"
         f" {report['peak_flops'] / 1e9:.1f} GFLOP/s, the fastest torch.matmul (float32) before"
         f" ({report['peak_flops_before_and_after'][0] / 1e9:.1f}) and after ({report['peak_flops_before_and_after'][1] / 1e9:.1f})",
-        "peak memory: highest resident memory (VmHWM) above what the process held after imports and a tiny step",
+        "peak memory: highest resident memory (VmHWM) above what the process held after imports and a tiny step; huge pages"
+        " for both (THP_MEM_ALLOC_ENABLE), ernie45's allocator as training sets it",
         "computed again by ernie45: " + (settings["recompute"] or "nothing but activations of SwiGLU"),
         "first loss, ernie45 and peer: "
         + ", ".join(f"{case}: {ours:.5f} and {theirs:.5f}" for case, (ours, theirs) in losses.items()),

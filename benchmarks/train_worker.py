@@ -140,11 +140,13 @@ def measure(
 def _ours(path: Path, recompute: str) -> Step:
     import torch
 
+    from ernie45.training.allocator import return_freed_memory
     from ernie45.training.batch import Batch, Document
     from ernie45.training.head import lm_loss_sum
     from ernie45.training.network import TrainingNetwork
     from ernie45.training.recompute import RecomputeConfig
 
+    return_freed_memory()
     model = ernie45.load_model(path).requires_grad_().train()
     operations = tuple(filter(None, recompute.split(",")))
     config = RecomputeConfig(policy="selective", selective=operations) if operations else RecomputeConfig()

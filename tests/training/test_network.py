@@ -21,6 +21,7 @@ from ernie45.models.text import CausalLM, MtpVariant
 from ernie45.training import network
 from ernie45.training.batch import IGNORED, Batch, Document
 from ernie45.training.head import lm_loss_sum
+from ernie45.training.leaves.router import TrainingRouter
 from ernie45.training.network import TrainingNetwork, count_flops_per_token, slow_dtype_warning
 from ernie45.training.recompute import RecomputeConfig
 
@@ -131,18 +132,20 @@ def test_routers_are_recorded_once_and_let_go(small_model: Callable[..., CausalL
         net = TrainingNetwork(small_model(moe=True), recompute=RecomputeConfig(policy=policy))
         batch = _batch()
         records = net.run(batch).routers
-        assert [record.router for record in records] == [net.model.model.layers[i].mlp.gate for i in (1, 2)]
+        gates = [module for module in net.model.modules() if isinstance(module, TrainingRouter)]
+        assert len(gates) == 2
+        assert [record.router for record in records] == gates
         for record in records:
             assert record.logits_TE.shape == (batch.num_tokens, 8)
             assert record.logits_TE.dtype == torch.float32
             _, ids = route(record.logits_TE, record.router.e_score_correction_bias, 3, 1e-12)
             assert torch.equal(record.ids_TK, ids)
-        sum(record.logits_TE.logsumexp(-1).square().sum() for record in records).backward()
-        assert records[0].router.weight.grad is not None
-        assert net.model.model.layers[0].self_attn.qkv_proj.weight.grad is not None
-        assert [record.router.recorded for record in records] == [None, None]
+        torch.stack([record.logits_TE.logsumexp(-1).square().sum() for record in records]).sum().backward()
+        assert gates[0].weight.grad is not None
+        assert net.model.get_parameter("model.layers.0.self_attn.qkv_proj.weight").grad is not None
+        assert [gate.recorded for gate in gates] == [None, None]
         net.model.hidden(batch.tokens_T, batch.view())
-        assert [record.router.recorded for record in records] == [None, None]
+        assert [gate.recorded for gate in gates] == [None, None]
 
 
 @pytest.mark.parametrize("variant", [MtpVariant(), MtpVariant(final_norm_on_input=True)], ids=str)
@@ -195,7 +198,9 @@ def test_products_in_bfloat16_over_float32_weights(small_model: Callable[..., Ca
     batch = _batch()
     wide, narrow = TrainingNetwork(small_model(moe=True)), TrainingNetwork(small_model(moe=True), dtype="bfloat16")
     seen = []
-    narrow.model.model.layers[0].self_attn.qkv_proj.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+    narrow.model.get_submodule("model.layers.0.self_attn.qkv_proj").register_forward_hook(
+        lambda m, i, out: seen.append(out.dtype)
+    )
     losses = [lm_loss_sum(net, net.run(batch).hidden_TH, batch.labels_DT[0]) for net in (wide, narrow)]
     assert seen == [torch.bfloat16]
     assert 0 < abs(losses[0].item() / losses[1].item() - 1) < 0.02
