@@ -102,6 +102,11 @@ class SentencePieceBackend:
         return _load_sentencepiece(self._model.without_dummy_prefix(), self._source)
 
 
+_CACHED_WORDS = 2048
+"""Words whose pieces the library remembers, on every thread. Its own number is 10,000, a few megabytes of words; but where nothing splits
+a text into words, whole texts of up to 256 characters are kept, 40 MB of them. 2048 cost 15 % of the time of encoding English text."""
+
+
 class JsonBackend:
     """A `tokenizer.json` with a BPE model, split by the tokenizers library."""
 
@@ -125,6 +130,7 @@ class JsonBackend:
             drops_first_space=style.drops_first_space,
         )
         self._tokenizer = _plain_tokenizer(self.definition, special_ids, source)
+        self._tokenizer.model._resize_cache(_CACHED_WORDS)
         # The library would give added tokens new ids once special ones among them are missing, so text is cut at them
         # here.
         self._ordinary = {

@@ -1,9 +1,13 @@
 """Long texts: the fewest ids that one can become is told without encoding it, and encoding lets other threads run."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ernie45
 from ernie45.processing.prompt import RenderedPrompt, Segment
 from ernie45.processing.tokenizer import Tokenizer, load_tokenizer
 
@@ -115,3 +120,40 @@ def test_encoding_leaves_pythons_lock_to_others(tokenizer: Tokenizer) -> None:
     encoded.set()
     watcher.join()
     assert max(waits) < 0.5 * took
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_texts_that_nothing_splits_are_not_remembered_without_end(train_byte_level: Callable[..., Path]) -> None:
+    """In a process of its own: what others left in this one's heap would hide what grows."""
+    folder = train_byte_level(["one two three four"] * 20, special=["<s>", "</s>"], bos="<s>")
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["pre_tokenizer"]["use_regex"] = False
+    path.write_text(json.dumps(definition))
+    done = subprocess.run(
+        [sys.executable, "-c", _GROW, str(folder)],
+        env=os.environ | {"PYTHONPATH": str(Path(ernie45.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 14_000, "kilobytes; 35,000 where 10,000 texts are remembered"
+
+
+_GROW = """
+import random, sys
+from collections.abc import Callable
+from pathlib import Path
+from ernie45.processing.tokenizer import load_tokenizer
+
+def kilobytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+tokenizer = load_tokenizer(sys.argv[1])
+rng = random.Random(0)
+before = kilobytes()
+for _ in range(12_000):
+    tokenizer.encode(" ".join(rng.choices(["one", "two", "three", "four"], k=rng.randint(20, 45))))
+print(kilobytes() - before)
+"""
