@@ -41,9 +41,12 @@ def run(options: argparse.Namespace) -> int:
         note(line)
     note(_head(prepared))
     screen = _Screen(prepared)
-    with stop_on_signal(screen.say) as stop:
-        finished = prepared.trainer.run(stop=stop, on_step=screen.show)
-    screen.end()
+    try:
+        with stop_on_signal(screen.say) as stop:
+            finished = prepared.trainer.run(stop=stop, on_step=screen.show)
+    finally:
+        screen.end()
+        prepared.close()
     step = prepared.trainer.step
     if finished:
         note(f"done: {step} steps, {human_count(prepared.trainer.tokens)} tokens, in {folder}")

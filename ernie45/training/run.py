@@ -64,6 +64,11 @@ class Run:
     notes: list[str] = field(default_factory=list)
     """What the user should know before it starts."""
 
+    def close(self) -> None:
+        """End what prepares rows in the background."""
+        if isinstance(self.trainer.parts.rows, data.Prefetch):
+            self.trainer.parts.rows.close()
+
 
 def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Progress | None = None) -> Run:
     """Build everything, and go on from the newest checkpoint if the folder has one.
