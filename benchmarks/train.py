@@ -94,7 +94,10 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "native_extension": common.native_extension(),
         "machine": common.machine_facts(),
         "bandwidth": {"torch_cpu_capability": peaks[0].result["torch_cpu_capability"]},
-        "settings": {name: getattr(options, name) for name in ("threads", "repeats", "steps", "recompute", "quick")},
+        "settings": {
+            name: getattr(options, name)
+            for name in ("threads", "repeats", "steps", "recompute", "returns_memory", "quick")
+        },
         "network": fresh.result,
         "peak_flops": max(each.result["flops"] for each in peaks),
         "peak_flops_before_and_after": [each.result["flops"] for each in peaks],
@@ -172,6 +175,7 @@ def _measure(case: Case, folder: str, options: argparse.Namespace) -> list[dict[
                 num_rows=case.num_rows,
                 steps=options.steps,
                 recompute=options.recompute if package == OURS else "",
+                returns_memory=options.returns_memory,
             )
             named = {"case": case.name, "package": package, "experts": experts, "repeat": repeat}
             runs.append({**named, "other_cores": fresh.other_cores, **fresh.result})
@@ -195,7 +199,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f" {report['peak_flops'] / 1e9:.1f} GFLOP/s, the fastest torch.matmul (float32) before"
         f" ({report['peak_flops_before_and_after'][0] / 1e9:.1f}) and after ({report['peak_flops_before_and_after'][1] / 1e9:.1f})",
         "peak memory: highest resident memory (VmHWM) above what the process held after imports and a tiny step; huge pages"
-        " for both (THP_MEM_ALLOC_ENABLE), ernie45's allocator as training sets it",
+        " for both (THP_MEM_ALLOC_ENABLE); ernie45 "
+        + ("gives freed memory back at once" if settings["returns_memory"] else "leaves the allocator as it is"),
         "computed again by ernie45: " + (settings["recompute"] or "nothing but activations of SwiGLU"),
         "first loss, ernie45 and peer: "
         + ", ".join(f"{case}: {ours:.5f} and {theirs:.5f}" for case, (ours, theirs) in losses.items()),
@@ -214,6 +219,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=common.usable_cores(), help="threads (all cores)")
     parser.add_argument("--only", action="append", default=[], metavar="WORD", help="cases with this in their name")
     parser.add_argument("--recompute", default="", metavar="A,B", help="operations that ernie45 computes again (none)")
+    parser.add_argument(
+        "--returns-memory",
+        action="store_true",
+        help="ernie45 gives freed memory back at once: less memory, more page faults",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every single value here as well")
     parser.add_argument("--quick", action="store_true", help="a tiny network only: tests the program, measures nothing")
     return parser

@@ -93,12 +93,20 @@ def measure_peak(*, size: int) -> dict[str, Any]:
 
 
 def measure(
-    *, package: str, experts: str, folder: str, seq_len: int, num_rows: int, steps: int, recompute: str
+    *,
+    package: str,
+    experts: str,
+    folder: str,
+    seq_len: int,
+    num_rows: int,
+    steps: int,
+    recompute: str,
+    returns_memory: bool,
 ) -> dict[str, Any]:
     """Train for a step that does not count and `steps` that do.
 
     Args: package: `ernie45` or `transformers`. experts: how the peer computes experts. recompute: operations that ours computes
-        again, separated by commas.
+        again, separated by commas. returns_memory: whether ours sets the allocator as `training.allocator` does.
     Returns: `seconds` and `losses` of each step, `peak_bytes`, `flops_per_token`.
     """
     import torch
@@ -107,7 +115,7 @@ def measure(
 
     def start(name: str) -> Step:
         path = Path(folder, name)
-        return _ours(path, recompute) if package == "ernie45" else _transformers(path, experts)
+        return _ours(path, recompute, returns_memory) if package == "ernie45" else _transformers(path, experts)
 
     def batches(name: str, rows: int, length: int) -> list[Tensor]:
         size = ModelConfig.from_pretrained(Path(folder, name)).vocab_size
@@ -137,7 +145,7 @@ def measure(
     }
 
 
-def _ours(path: Path, recompute: str) -> Step:
+def _ours(path: Path, recompute: str, returns_memory: bool) -> Step:
     import torch
 
     from ernie45.training.allocator import return_freed_memory
@@ -146,7 +154,8 @@ def _ours(path: Path, recompute: str) -> Step:
     from ernie45.training.network import TrainingNetwork
     from ernie45.training.recompute import RecomputeConfig
 
-    return_freed_memory()
+    if returns_memory:
+        return_freed_memory()
     model = ernie45.load_model(path).requires_grad_().train()
     operations = tuple(filter(None, recompute.split(",")))
     config = RecomputeConfig(policy="selective", selective=operations) if operations else RecomputeConfig()

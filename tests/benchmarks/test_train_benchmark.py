@@ -26,7 +26,7 @@ def test_the_faster_peer_counts_and_ratios_are_of_medians() -> None:
         "rows": rows,
         "peak_flops": 2.048e11,
         "peak_flops_before_and_after": [1e11, 2.048e11],
-        "settings": {"threads": 2, "repeats": 1, "steps": 3, "recompute": "", "quick": False},
+        "settings": {"threads": 2, "repeats": 1, "steps": 3, "recompute": "", "returns_memory": False, "quick": False},
         "network": {"total": 2, "active": 1, "text": "N"},
         "machine": {
             "cpu": "C", "cores": 2, "features": [], "features_absent": [], "last_level_cache_bytes": None,
