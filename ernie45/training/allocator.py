@@ -2,7 +2,7 @@
 
 glibc raises its threshold for memory of its own mapping up to 32 MiB as soon as such memory is freed. Activations and gradients then
 share one heap, which fragments: 0.6 of 1.8 GB in a step of the benchmark's network. With a fixed threshold every large tensor goes
-back to the system when it is freed, at the price of page faults: a tenth of the time with two threads, less with huge pages.
+back to the system when it is freed, at the price of page faults: `benchmarks/train.py --returns-memory` measures both sides.
 """
 
 from __future__ import annotations
