@@ -103,8 +103,9 @@ class SentencePieceBackend:
 
 
 _CACHED_WORDS = 2048
-"""Words whose pieces the library remembers, on every thread. Its own number is 10,000: a few megabytes of words, but 40 MB where nothing
-splits a text into words and whole texts of up to 256 characters are kept. 2048 cost 15 % of the time of encoding English text."""
+"""Words whose pieces the library remembers, on every thread. Its own number is 10,000: a few megabytes of words, but 40 MB
+where nothing splits a text into words and whole texts of up to 256 characters are kept. 2048 cost 15 % of the time of encoding
+English text."""
 
 
 class JsonBackend:
