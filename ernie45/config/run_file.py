@@ -68,8 +68,20 @@ def to_plain(config: Any) -> Any:
     return [to_plain(value) for value in config] if isinstance(config, tuple | list) else config
 
 
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML or JSON file of somebody else holds, as plain values. Raises: NotFoundError, ConfigError."""
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise NotFoundError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: no valid YAML or JSON: {error}") from error
+
+
 def dump_run(config: Any) -> str:
-    """YAML that `parse_run` reads back into an equal configuration."""
+    """YAML that `parse_run` reads back into an equal configuration; of a dataclass, or of plain values."""
     import yaml
 
     plain = to_plain(config)

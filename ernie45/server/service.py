@@ -25,7 +25,7 @@ from ernie45.server.ratelimit import RateLimiter, Ticket
 
 _Result = TypeVar("_Result")
 
-_RENDERERS = 2
+RENDERERS = 2
 """Threads that render and encode prompts: a long one holds up neither the event loop nor a short one."""
 
 
@@ -46,7 +46,7 @@ class Service:
         """Requests that the engine has and that have not ended, each with its caller and its id."""
         self._entering = self._in_threads = 0
         self._mean_s = 0.0
-        self._threads = ThreadPoolExecutor(_RENDERERS, thread_name_prefix="render")
+        self._threads = ThreadPoolExecutor(RENDERERS, thread_name_prefix="render")
 
     @property
     def busy(self) -> bool:
@@ -93,8 +93,8 @@ class Service:
 
     async def in_thread(self, work: Callable[..., _Result], *arguments: Any) -> _Result:
         """Run what takes the processor for a while beside the event loop. Raises: ApiError if too many wait for that."""
-        if self._in_threads >= _RENDERERS + self.config.limits.waiting:
-            raise self._overloaded(self._in_threads - _RENDERERS)
+        if self._in_threads >= RENDERERS + self.config.limits.waiting:
+            raise self._overloaded(self._in_threads - RENDERERS)
         self._in_threads += 1
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)

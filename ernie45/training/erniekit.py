@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie45.config.run_file import parse_run
-from ernie45.errors import ConfigError, NotFoundError
+from ernie45.config.run_file import dump_run, parse_run, read_yaml
+from ernie45.errors import ConfigError
 from ernie45.training.config import RunConfig
 
 _METHODS = {
@@ -51,14 +51,7 @@ def convert_erniekit(path: str | Path) -> Converted:
 
     Raises: NotFoundError; ConfigError for a stage that there is no method for, or a value that ours cannot hold.
     """
-    import yaml
-
-    try:
-        stated = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise NotFoundError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: no valid YAML or JSON: {error}") from error
+    stated = read_yaml(path)
     if not isinstance(stated, dict) or not all(isinstance(key, str) for key in stated):
         raise ConfigError(f"{path}: expected fields with values, as in `learning_rate: 1e-5`")
     return _convert(stated, str(path))
@@ -83,9 +76,7 @@ def _convert(stated: dict[str, Any], origin: str) -> Converted:
     report += _unread_sections(ours)
     _sources(ours, fields, report, origin)
     _adapters(ours, fields)
-    import yaml
-
-    config = parse_run(yaml.safe_dump(ours), RunConfig, origin=origin)
+    config = parse_run(dump_run(ours), RunConfig, origin=origin)
     return Converted(config=config, report=tuple(report))
 
 

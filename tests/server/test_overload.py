@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 
+from ernie45.server.config import Limits, ServerConfig
+from ernie45.server.errors import ApiError
+from ernie45.server.service import RENDERERS, Service
 from tests.server.raw import metric, wait_idle
 from tests.server.served import Served
 
@@ -122,19 +127,22 @@ def test_three_times_the_load_costs_no_throughput(small: Served, seconds: float)
     assert metric(small, "ernie45_num_requests_waiting") == 0
 
 
-def test_waiting_to_be_rendered_is_bounded_too(small: Served) -> None:
-    """Long prompts queue in front of the engine; they must not do so without end."""
-    prompt = "x" * (1 << 20)
-    answers: list[httpx.Response] = []
+def test_waiting_to_be_rendered_is_bounded_too() -> None:
+    """Prompts queue in front of the engine while they are rendered; they must not do so without end."""
+    engine: Any = SimpleNamespace(facts=SimpleNamespace(max_num_seqs=2), stats=None, restarts=0, state="ready")
+    config = ServerConfig(served_model_names=("m",), api_keys=("key-of-the-test",), limits=Limits(waiting=WAITING))
+    tokenizer: Any = None
+    service = Service(config, tokenizer, engine, {})
+    go_on = threading.Event()
 
-    def ask() -> None:
-        answers.append(small.post(CHAT, {"messages": [{"role": "user", "content": prompt}]}))
+    async def flood() -> list[Any]:
+        asked = [asyncio.ensure_future(service.in_thread(go_on.wait, 30)) for _ in range(20)]
+        await asyncio.sleep(0)  # all have begun: two on the threads, some behind them, the others refused
+        go_on.set()
+        return await asyncio.gather(*asked, return_exceptions=True)
 
-    threads = [threading.Thread(target=ask) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    statuses = {answer.status_code for answer in answers}
-    assert statuses == {400, 429}
-    assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
+    found = asyncio.run(flood())
+    refused = [error for error in found if isinstance(error, ApiError)]
+    assert found.count(True) == RENDERERS + WAITING
+    assert len(refused) == 20 - RENDERERS - WAITING
+    assert all(error.status == 429 and int(error.headers["Retry-After"]) >= 1 for error in refused)
