@@ -275,6 +275,24 @@ class SafetensorsWriter:
             self.abort()
 
 
+def write_tensors(
+    path: Path | str, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors that are in memory as one file, from any device and without their gradients' history.
+
+    Raises: as `SafetensorsWriter`.
+    """
+    plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with SafetensorsWriter(path, plan, metadata=metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.detach().cpu().contiguous())
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """All tensors of a file, in fresh CPU memory. Raises: NotFoundError, CheckpointError."""
+    return {name: read_tensor(entry) for name, entry in read_header(path).entries.items()}
+
+
 @dataclass(frozen=True)
 class FileLayout:
     """A file before its data is written."""

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ernie45.checkpoint.safetensors import SafetensorsWriter
+from ernie45.checkpoint.safetensors import write_tensors
 from ernie45.errors import ConfigError, TrainingError
 from ernie45.training.metrics import MetricsFile
 from ernie45.training.objective import Objective, RowStream
@@ -273,13 +273,10 @@ def dump_batches(path: Path, batches: Sequence[Any]) -> None:
     words: dict[str, str] = {}
     for name, value in _leaves(list(batches), ""):
         if isinstance(value, Tensor):
-            tensors[name] = value.detach().cpu().contiguous()
+            tensors[name] = value
         else:
             words[name] = json.dumps(value, default=str)
-    plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with SafetensorsWriter(path, plan, metadata=words) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+    write_tensors(path, tensors, metadata=words)
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ernie45.checkpoint.safetensors import SafetensorsWriter, byte_view, read_header, read_tensor
+from ernie45.checkpoint.safetensors import byte_view, read_header, read_tensor, write_tensors
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.models.build import build_model
 from ernie45.training.branches import BranchBatch, Branches, branch_logprobs, in_chunks
@@ -169,12 +169,9 @@ def write_reference_cache(
     tensors = {
         "keys": torch.tensor([list(key) for key in unique], dtype=torch.uint8).view(-1, _KEY_BYTES),
         "counts": torch.tensor([len(item.answers) for item in unique.values()]),
-        "sums": torch.cat(sums).float().cpu(),
+        "sums": torch.cat(sums).float(),
     }
-    plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with SafetensorsWriter(path, plan, metadata={"model_hash": model_hash}) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+    write_tensors(path, tensors, metadata={"model_hash": model_hash})
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ernie45.checkpoint.atomic import atomic_folder
 from ernie45.checkpoint.load import fill
-from ernie45.checkpoint.safetensors import SafetensorsWriter, read_header, read_tensor
+from ernie45.checkpoint.safetensors import read_tensors, write_tensors
 from ernie45.checkpoint.source import TensorSource, open_source
 from ernie45.checkpoint.write import write_folder
 from ernie45.errors import CheckpointError, ConfigError
@@ -155,7 +155,7 @@ class Checkpoints:
         with atomic_folder(path, overwrite=True) as partial:
             write_weights(partial)
             for name, tensors in snapshot.tensors.items():
-                _write_tensors(partial / f"{name}.safetensors", tensors)
+                write_tensors(partial / f"{name}.safetensors", tensors)
             state = {
                 "format": FORMAT_VERSION,
                 "step": snapshot.step,
@@ -193,20 +193,8 @@ def read_checkpoint(path: Path) -> Snapshot:
             f"{path} was changed since it was written: {', '.join(changed)}; resume from another checkpoint of the run"
         )
     files = {file.stem: file for file in sorted(path.glob("*.safetensors"))}
-    tensors = {name: _read_tensors(file) for name, file in files.items()}
+    tensors = {name: read_tensors(file) for name, file in files.items()}
     return Snapshot(step=step, values=values, tensors=tensors)
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with SafetensorsWriter(path, plan) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor.detach().cpu().contiguous())
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    header = read_header(path)
-    return {name: read_tensor(entry) for name, entry in header.entries.items()}
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from ernie45.checkpoint.atomic import atomic_folder
-from ernie45.checkpoint.safetensors import SafetensorsWriter
+from ernie45.checkpoint.safetensors import write_tensors
 from ernie45.config.model import ModelConfig
 from ernie45.errors import CheckpointError
 from ernie45.training.lora.adapter import Adapter
@@ -60,11 +60,8 @@ def save_adapter(
         raise CheckpointError("there is no adapter to write: the network has none")
     content = _content(adapter, config)
     stated = _config_json(adapter, content, config, base)
-    plan = [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in content.tensors.items()]
     with atomic_folder(folder, overwrite=overwrite) as partial:
-        with SafetensorsWriter(partial / WEIGHTS_NAME, plan, metadata={"format": "pt"}) as writer:
-            for name, tensor in content.tensors.items():
-                writer.write(name, tensor.cpu().contiguous())
+        write_tensors(partial / WEIGHTS_NAME, content.tensors, metadata={"format": "pt"})
         files = {CONFIG_NAME: (json.dumps(stated, indent=2) + "\n").encode()} | dict(extra_files or {})
         for name, data in files.items():
             (partial / name).write_bytes(data)
