@@ -6,6 +6,7 @@ for a few tokens: those of the gate. Source: architecture reference 2.5; `ernie4
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,18 @@ def order_by_expert(weights_TK: Tensor, ids_TK: Tensor, num_experts: int) -> Rou
         tokens=(order // ids_TK.shape[1]).to(torch.int32),
         token_weights=weights_TK.flatten()[order],
     )
+
+
+def expert_groups(counts: Iterable[int]) -> Iterator[tuple[int, slice]]:
+    """The experts that have tokens, each with where its entries of `Routing.tokens` lie.
+
+    Args: counts: of every expert, `Routing.counts_E` as numbers.
+    """
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
 
 
 def _check(x_TH: Tensor, gate_EH: Tensor, bias_E: Tensor | None, num_active: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ernie45.config.model import ModelConfig, MoeConfig
 from ernie45.errors import ShapeError
-from ernie45.kernels.router import Routing, order_by_expert
+from ernie45.kernels.router import Routing, expert_groups, order_by_expert
 from ernie45.layers.ffn import SwiGLU
 from ernie45.layers.linear import add_residual
 
@@ -76,15 +76,10 @@ class Experts(nn.Module):
         """
         rows, weights = routing.tokens.long(), routing.token_weights
         out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        start = 0
-        for expert, count in enumerate(routing.counts_E.tolist()):
-            if count == 0:
-                continue
-            here = slice(start, start + count)
+        for expert, here in expert_groups(routing.counts_E.tolist()):
             gate, up = F.linear(x_TH[rows[here]], self.up_gate_proj[expert]).chunk(2, dim=-1)
             y = F.linear(F.silu(gate) * up, self.down_proj[expert])
             out = out.index_add(0, rows[here], y.float() * weights[here, None].to(x_TH.dtype).float())
-            start += count
         return add_residual(out.to(x_TH.dtype), residual_TH)
 
 

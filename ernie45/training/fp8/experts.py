@@ -11,13 +11,13 @@ Shape letters: T tokens, H hidden, I expert width, X = 2 I, E experts, n tokens 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ernie45.kernels.router import Routing
+from ernie45.kernels.router import Routing, expert_groups
 from ernie45.layers.linear import add_residual
 from ernie45.layers.moe import Experts
 from ernie45.training.fp8.config import Backend
@@ -37,14 +37,6 @@ class _Plan(NamedTuple):
     keep: bool
     """Keep the up/gate output for the backward pass."""
 
-    def groups(self) -> Iterator[tuple[int, slice]]:
-        """Experts that have tokens, and where their entries lie."""
-        start = 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                yield expert, slice(start, start + count)
-            start += count
-
 
 class _RoutedFfn(torch.autograd.Function):
     @staticmethod
@@ -53,7 +45,7 @@ class _RoutedFfn(torch.autograd.Function):
         x = quantize_rows(x_TH)
         out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
         kept: list[Tensor] = []
-        for expert, here in plan.groups():
+        for expert, here in expert_groups(plan.counts):
             rows = plan.rows[here]
             up_gate = output(x.take(rows), up_gate_EXH[expert], plan.backend).to(x_TH.dtype)
             inner = quantize_rows(swiglu_wide(up_gate) * weights[here, None])
@@ -73,7 +65,7 @@ class _RoutedFfn(torch.autograd.Function):
             torch.zeros_like(parameter, dtype=torch.float32) if wanted else None
             for parameter, wanted in zip(ctx.parameters, wants, strict=True)
         ]
-        for index, (expert, here) in enumerate(plan.groups()):
+        for index, (expert, here) in enumerate(expert_groups(plan.counts)):
             rows = plan.rows[here]
             matrices = [parameter[expert] for parameter in ctx.parameters]
             mine = x.take(rows)

@@ -12,14 +12,13 @@ Source: training reference 2.3 (weights of the sum inside the expert, products o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ernie45.kernels.router import Routing
+from ernie45.kernels.router import Routing, expert_groups
 from ernie45.layers.linear import add_residual
 from ernie45.layers.moe import Experts
 from ernie45.training.leaves.precision import product_dtype, sum_dtype
@@ -66,7 +65,7 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> Tensor:
         products_LJ = x_TH.new_empty(len(tokens_L) if keeps_products else max(counts), up_gate_EJH.shape[1])
         outputs_LH = x_TH.new_empty(len(tokens_L), x_TH.shape[1])
-        for expert, here in _groups(counts):
+        for expert, here in expert_groups(counts):
             products = products_LJ[here] if keeps_products else products_LJ[: counts[expert]]
             torch.mm(x_TH.index_select(0, tokens_L[here]), up_gate_EJH[expert].t(), out=products)
             torch.mm(swiglu(products), down_EHI[expert].t(), out=outputs_LH[here])
@@ -85,7 +84,7 @@ class _GroupedExperts(torch.autograd.Function):
         d_down_EHI = torch.empty_like(down_EHI) if needs_down else None
         d_weights_L = torch.empty_like(weights_L) if needs_weights else None
         ones_I = x_TH.new_ones(down_EHI.shape[2])  # a product sums rows ten times as fast as a reduction
-        for expert, here in _groups(ctx.counts):
+        for expert, here in expert_groups(ctx.counts):
             x, dy = x_TH.index_select(0, tokens_L[here]), dy_TH.index_select(0, tokens_L[here])
             products = torch.mm(x, up_gate_EJH[expert].t()) if products_LJ is None else products_LJ[here]
             gate, up = products.chunk(2, dim=-1)
@@ -105,15 +104,6 @@ class _GroupedExperts(torch.autograd.Function):
             _clear_unused(gradient, ctx.counts)
         d_x_TH = None if d_x_LH is None else _sum_of_slots(d_x_LH, slots_TK).to(x_TH.dtype)
         return d_x_TH, d_up_gate_EJH, d_down_EHI, d_weights_L, None, None, None, None
-
-
-def _groups(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """The experts that have tokens, each with its slots."""
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
 
 
 def _sum_of_slots(values_LH: Tensor, slots_TK: Tensor, weights_L: Tensor | None = None) -> Tensor:

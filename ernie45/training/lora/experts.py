@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ernie45.kernels.router import Routing
+from ernie45.kernels.router import Routing, expert_groups
 from ernie45.layers.linear import add_residual
 from ernie45.training.lora.low_rank import LowRank
 
@@ -46,14 +46,9 @@ class AdaptedExperts(nn.Module, ABC):
         rows, weights = routing.tokens.long(), routing.token_weights
         factors = _factors(self.up_gate_lora, self.enabled), _factors(self.down_lora, self.enabled)
         out = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-        start = 0
-        for expert, count in enumerate(routing.counts_E.tolist()):
-            if count == 0:
-                continue
-            here = slice(start, start + count)
+        for expert, here in expert_groups(routing.counts_E.tolist()):
             y_TH = self._expert(x_TH[rows[here]], expert, *factors)
             out.index_add_(0, rows[here], y_TH.float() * weights[here, None].to(x_TH.dtype).float())
-            start += count
         return add_residual(out.to(x_TH.dtype), residual_TH)
 
     @abstractmethod
