@@ -21,7 +21,8 @@ from ernie45.training.batch import Document
 from ernie45.training.data import stream as stream_module
 from ernie45.training.data.config import DataConfig, SourceConfig
 from ernie45.training.data.encoding import with_chat_format
-from ernie45.training.data.kinds import OPENERS, told_kind
+from ernie45.training.data.kinds import told_kind
+from ernie45.training.data.methods import OPENERS
 from ernie45.training.data.pairs import KtoExample, PreferencePair
 from ernie45.training.data.report import DataReport
 from ernie45.training.data.row_formats import parse_text

@@ -66,6 +66,10 @@ class _Store:
         """See `run.Library`."""
         return api.load_tokenizer(_weights(name), chat_format=chat_format)
 
+    def address(self, name: str) -> str:
+        """See `run.Library`."""
+        return str(_weights(name).resolve()) if Path(name).expanduser().exists() else name
+
     def generator(self, model: CausalLM, tokenizer: Tokenizer) -> Generator:
         """See `run.Library`."""
         from ernie45.engine.params import SamplingParams

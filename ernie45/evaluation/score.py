@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -80,21 +81,13 @@ def _score_batch(model: CausalLM, batch: list[Target]) -> list[Score]:
     ids = torch.tensor([i for target in batch for i in target.ids[:-1]], device=model.device)
     hidden_TH = model.hidden(ids, AttentionView(lengths=lengths))
     # Behind the last token that is read stands the last one that is scored.
-    rows = [
-        row
-        for parts in zip(batch, _ends(lengths), strict=True)
-        for row in range(parts[1] - parts[0].num_scored, parts[1])
-    ]
+    ends = accumulate(lengths)
+    rows = [row for target, end in zip(batch, ends, strict=True) for row in range(end - target.num_scored, end)]
     labels_T = torch.tensor([i for target in batch for i in target.ids[-target.num_scored :]], device=model.device)
     logprobs_T, best_T = _label_logprobs(model, hidden_TH[torch.tensor(rows, device=model.device)], labels_T)
     sizes = [target.num_scored for target in batch]
     parts = zip(logprobs_T.split(sizes), best_T.split(sizes), strict=True)
     return [Score(logprobs=logprobs, is_greedy=bool(best.all())) for logprobs, best in parts]
-
-
-def _ends(lengths: Sequence[int]) -> list[int]:
-    """Where each sequence ends among the packed ones."""
-    return [sum(lengths[: i + 1]) for i in range(len(lengths))]
 
 
 def _label_logprobs(model: CausalLM, hidden_TH: Tensor, labels_T: Tensor) -> tuple[Tensor, Tensor]:

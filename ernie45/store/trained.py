@@ -1,20 +1,15 @@
-"""What training leaves in a run's folder: written by a checkpoint, found by whoever wants to use or export it."""
+"""What training leaves in a run's folder, found by whoever wants to use or export it."""
 
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ernie45.errors import CheckpointError, NotFoundError, UsageError
-from ernie45.models.text import CausalLM
-from ernie45.store.api import save_model
-from ernie45.store.convert import companions_of_folder
+from ernie45.errors import NotFoundError, UsageError
 from ernie45.store.location import resolve
-
-MODEL_FOLDER, ADAPTER_FOLDER, CHECKPOINTS = "model", "adapter", "checkpoints"
-_STEP = re.compile(r"step-(\d+)")
+from ernie45.training.run_folder import CHECKPOINTS
+from ernie45.training.state import ADAPTER_FOLDER, MODEL_FOLDER, checkpoint_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,34 +46,11 @@ def find_trained(what: str | Path, adapter: str | Path | None = None) -> Trained
     return Trained(base=found.base, adapter=Path(os.path.expanduser(adapter)))
 
 
-def save_trained(
-    model: CausalLM, checkpoint: str | Path, *, tokenizer_from: str | Path | None = None, base: str | None = None
-) -> Path:
-    """Write what a network has learnt into a checkpoint's folder, where `find_trained` finds it: all weights, or the adapter alone.
-
-    Args: checkpoint: a folder, made if need be. tokenizer_from: a folder whose tokenizer, template and licence go along. base: name
-        or absolute path of the model below an adapter.
-    Returns: `checkpoint/model` or `checkpoint/adapter`. Raises: CheckpointError if that exists, or for an adapter without `base`.
-    """
-    from ernie45.training.lora.adapter import adapter_of
-    from ernie45.training.lora.write import save_adapter
-
-    adapter = adapter_of(model)
-    if not adapter:
-        save_model(model, Path(checkpoint) / MODEL_FOLDER, tokenizer_from=tokenizer_from)
-        return Path(checkpoint) / MODEL_FOLDER
-    if base is None:
-        raise CheckpointError("an adapter is of no use without its model: say which one is below it (base)")
-    files = {} if tokenizer_from is None else companions_of_folder(Path(tokenizer_from))
-    save_adapter(adapter, model.config, Path(checkpoint) / ADAPTER_FOLDER, base=base, extra_files=files)
-    return Path(checkpoint) / ADAPTER_FOLDER
-
-
 def _newest(folder: Path) -> Path:
-    steps = [(int(match[1]), path) for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))]
-    if not steps:
+    found = checkpoint_paths(folder)
+    if not found:
         raise NotFoundError(f"{folder} holds no checkpoint (step-*): has the run saved one?")
-    return max(steps)[1]
+    return found[-1]
 
 
 def _base_of(adapter: Path) -> Path:

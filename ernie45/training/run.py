@@ -47,6 +47,9 @@ class Library(Protocol):
     def load_tokenizer(self, name: str, chat_format: str | None) -> Tokenizer:
         """Its tokenizer and template."""
 
+    def address(self, name: str) -> str:
+        """A name or an absolute path of that network, which holds from any folder."""
+
     def generator(self, model: CausalLM, tokenizer: Tokenizer) -> Generator:
         """What samples answers from a network in training."""
 
@@ -91,18 +94,19 @@ def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Prog
     )
     if config.ema is not None:
         _keep_average(method, Ema(optimizer.masters, config.ema))
+    flops = _flops_per_token(config, model)
     parts = Parts(
         network=network,
         objective=method.objective,
         rows=method.rows,
         optimizer=optimizer,
         schedule=LrSchedule(config.schedule, config.optimizer.lr),
-        checkpoints=Checkpoints(opened.checkpoints, _weights(config, model, tokenizer), config.checkpoint),
+        checkpoints=Checkpoints(opened.checkpoints, _weights(config, library, model, tokenizer), config.checkpoint),
         after_step=method.after_step,
         held_out=_held_out(config, tokenizer, model),
         stateful=method.stateful,
-        flops_per_token=_flops_per_token(config, model),
-        peak_flops=matmul_flops(parse_dtype(config.model.dtype)),
+        flops_per_token=flops,
+        peak_flops=None if flops is None else matmul_flops(parse_dtype(config.model.dtype)),
     )
     trainer = Trainer(parts, config.train, folder)
     facts = _sizes(model)
@@ -202,9 +206,10 @@ def _flops_per_token(config: RunConfig, model: CausalLM) -> float | None:
     return count_flops_per_token(model.config, config.data.max_seq_len, num_mtp=_num_mtp(config, model))
 
 
-def _weights(config: RunConfig, model: CausalLM, tokenizer: Tokenizer) -> Weights:
+def _weights(config: RunConfig, library: Library, model: CausalLM, tokenizer: Tokenizer) -> Weights:
     if config.lora is not None:
-        return AdapterWeights(model, base=str(config.model.start))
+        base = library.address(str(config.model.start))
+        return AdapterWeights(model, base=base, extra_files=tokenizer.saved_files())
     return ModelWeights(model, tokenizer.saved_files())
 
 

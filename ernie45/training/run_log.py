@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ernie45.errors import CheckpointError, NotFoundError
+from ernie45.training.metrics import METRICS_FILE, RUN_FILE
 
-METRICS, ABOUT = "metrics.jsonl", "run.json"
 COUNTERS = ("time_s", "tokens")
 """Keys that say how far a run is, beside `step`; every other key is a measurement."""
 
@@ -114,13 +114,13 @@ def read_run(folder: Path, name: str) -> RunLog:
     Raises: NotFoundError if the folder holds no `metrics.jsonl`; CheckpointError, with file and line, if nothing was
         logged or a line is damaged.
     """
-    if not (folder / METRICS).is_file():
-        raise NotFoundError(f"{folder} has no {METRICS}: give the folder of a training run")
-    records, notes = _read_records(folder / METRICS)
+    if not (folder / METRICS_FILE).is_file():
+        raise NotFoundError(f"{folder} has no {METRICS_FILE}: give the folder of a training run")
+    records, notes = _read_records(folder / METRICS_FILE)
     if not records:
-        raise CheckpointError(f"{folder / METRICS} has no finished step yet: wait for the run, or give another one")
-    about, missing = _read_about(folder / ABOUT)
-    series = _series(records, folder / METRICS)
+        raise CheckpointError(f"{folder / METRICS_FILE} has no finished step yet: wait for the run, or give another one")
+    about, missing = _read_about(folder / RUN_FILE)
+    series = _series(records, folder / METRICS_FILE)
     return RunLog(name=name, folder=folder, about=about, series=series, notes=(*notes, *missing))
 
 

@@ -31,6 +31,8 @@ from ernie45.models.text import CausalLM
 
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
+MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
+"""What of a checkpoint can be served: it has one of the two."""
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -72,11 +74,11 @@ class ModelWeights:
             name: tensor.detach().clone() if copy else tensor for name, tensor in self._model.state_dict().items()
         }
         source = TensorSource(tensors, self._model.config)
-        return lambda folder: write_folder(source, folder / "model", layout="pt", extra_files=self._extra_files)
+        return lambda folder: write_folder(source, folder / MODEL_FOLDER, layout="pt", extra_files=self._extra_files)
 
     def restore(self, folder: Path) -> None:
         """See `Weights`."""
-        source = open_source(folder / "model")
+        source = open_source(folder / MODEL_FOLDER)
         source.account.check(source.where)
         fill(self._model, source)  # type: ignore[arg-type]  # a folder that we wrote is plain safetensors
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from recipes.poems.poem import Poem, draw_key, sample
+from recipes.poems.poem import Poem, draw_key, read_poems, sample, write_rows
 from recipes.poems.rules import FORMS
 
 WORDS = (
@@ -42,6 +44,27 @@ def balanced(poems: Iterable[Poem], per_form: int, seed: int) -> list[Poem]:
 def prompt_row(poem: Poem, seed: int) -> Mapping[str, Any]:
     """The request alone, with the form that the reward checks."""
     return {"messages": [{"role": "user", "content": instruction(poem, seed)}], "form": poem.form}
+
+
+def write_rows_of_poems(
+    argv: Sequence[str] | None,
+    rows: Callable[[Iterable[Poem], int, int], Sequence[Mapping[str, Any]]],
+    *,
+    about: str,
+    per_form: int,
+) -> None:
+    """The command that turns a file of poems into one of rows.
+
+    Args: rows: of poems, most of each form, and seed. about: its line of help. per_form: the default.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("poems", type=Path, help="a file that fetch.py wrote")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".jsonl to write")
+    parser.add_argument("--per-form", type=int, default=per_form, metavar="N", help=f"most rows per form (default {per_form})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which poems, and what is drawn for them (default 0)")
+    options = parser.parse_args(argv)
+    count = write_rows(options.output, rows(read_poems(options.poems), options.per_form, options.seed))
+    print(f"{count} rows: {options.output}")
 
 
 def _requests(poem: Poem) -> list[str]:

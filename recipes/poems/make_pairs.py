@@ -5,15 +5,13 @@ python -m recipes.poems.make_pairs data/poems/poems.train.jsonl -o data/poems/pa
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from recipes.poems.instructions import balanced, prompt_row
-from recipes.poems.poem import Poem, draw_key, read_poems, write_rows
+from recipes.poems.instructions import balanced, prompt_row, write_rows_of_poems
+from recipes.poems.poem import Poem, draw_key
 from recipes.poems.rhyme import tracks_of
 
 Damage = Callable[[list[str], random.Random], list[str] | None]
@@ -22,14 +20,7 @@ Damage = Callable[[list[str], random.Random], list[str] | None]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read poems, write pairs."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("poems", type=Path, help="a file that fetch.py wrote")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".jsonl to write")
-    parser.add_argument("--per-form", type=int, default=5000, metavar="N", help="most rows per form (default 5000)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which poems and damages (default 0)")
-    options = parser.parse_args(argv)
-    count = write_rows(options.output, rows(read_poems(options.poems), options.per_form, options.seed))
-    print(f"{count} rows: {options.output}")
+    write_rows_of_poems(argv, rows, about=(__doc__ or "").splitlines()[0], per_form=5000)
 
 
 def rows(poems: Iterable[Poem], per_form: int, seed: int) -> list[Mapping[str, Any]]:

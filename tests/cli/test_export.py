@@ -18,11 +18,14 @@ from ernie45.checkpoint.load import load_model
 from ernie45.errors import CheckpointError, NotFoundError
 from ernie45.store import export as exporting
 from ernie45.store.compare import Comparison, compare_networks
-from ernie45.store.trained import Trained, find_trained, save_trained
+from ernie45.store.convert import companions_of_folder
+from ernie45.store.trained import Trained, find_trained
+from ernie45.training.adapter_weights import AdapterWeights
 from ernie45.training.lora.adapter import add_lora, merge
 from ernie45.training.lora.config import LoraConfig
 from ernie45.training.lora.read import load_adapter
 from ernie45.training.lora.write import save_adapter
+from ernie45.training.state import STATE_FILE, CheckpointConfig, Checkpoints, ModelWeights, Snapshot
 
 Ernie = Callable[..., Any]
 
@@ -49,6 +52,7 @@ def trained(base: Path, folder: Path, *, named: bool = True, **fields: Any) -> P
         for i, lora in enumerate(adapter.values()):
             lora.lora_B.normal_(0, 0.05, generator=torch.Generator().manual_seed(i))
     save_adapter(adapter, model.config, folder, base=str(base) if named else None)
+    (folder.parent / STATE_FILE).touch()
     return folder
 
 
@@ -61,7 +65,10 @@ def merged(base: Path, adapter: Path) -> Any:
 
 def test_the_newest_checkpoint_of_a_run(ernie: Ernie, rich: Path, tiny: Path, tmp_path: Path) -> None:
     for step, model in ((90, tiny), (100, rich), (20, tiny)):
-        shutil.copytree(model, tmp_path / "run" / "checkpoints" / f"step-{step:08}" / "model")
+        checkpoint = tmp_path / "run" / "checkpoints" / f"step-{step:08}"
+        shutil.copytree(model, checkpoint / "model")
+        (checkpoint / STATE_FILE).touch()
+    (tmp_path / "run" / "checkpoints" / "step-00000300").mkdir()  # what is half removed does not count
     (tmp_path / "run" / "checkpoints" / "step-00000200.partial").mkdir()
     result = ernie("export", "run", "out", "--to", "pt")
     assert result.code == 0, result.err
@@ -227,16 +234,17 @@ def test_a_network_in_memory_is_saved_with_everything(
 
 def test_what_training_saves_is_what_is_exported(ernie: Ernie, rich: Path, tmp_path: Path) -> None:
     model = load_model(rich)
-    step = tmp_path / "run" / "checkpoints" / "step-00000001"
-    assert save_trained(model, step, tokenizer_from=rich) == step / "model"
-    assert find_trained(tmp_path / "run") == Trained(base=step / "model")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    files = companions_of_folder(rich)
+    keeper = Checkpoints(checkpoints, ModelWeights(model, files), CheckpointConfig())
+    keeper.save(Snapshot(step=1, values={}, tensors={}))
+    assert find_trained(tmp_path / "run") == Trained(base=checkpoints / "step-00000001" / "model")
     add_lora(model, LoraConfig(), seed=0)
-    step = tmp_path / "run" / "checkpoints" / "step-00000002"
-    with pytest.raises(CheckpointError, match="say which one is below it"):
-        save_trained(model, step)
-    assert save_trained(model, step, tokenizer_from=rich, base=str(rich)) == step / "adapter"
-    assert find_trained(tmp_path / "run") == Trained(base=rich, adapter=step / "adapter")
-    assert (step / "adapter" / "tokenizer.json").read_bytes() == (rich / "tokenizer.json").read_bytes()
+    weights = AdapterWeights(model, base=str(rich), extra_files=files)
+    Checkpoints(checkpoints, weights, CheckpointConfig()).save(Snapshot(step=2, values={}, tensors={}))
+    adapter = checkpoints / "step-00000002" / "adapter"
+    assert find_trained(tmp_path / "run") == Trained(base=rich, adapter=adapter)
+    assert (adapter / "tokenizer.json").read_bytes() == (rich / "tokenizer.json").read_bytes()
     assert ernie("export", "run", "out", "--merge", "--to", "pt").code == 0
     found, expected = tensors(tmp_path / "out"), tensors(rich)
     assert all(torch.equal(found[name], expected[name]) for name in expected), "its B is zero"

@@ -173,6 +173,21 @@ def test_adapters_train_and_go_on(run_file: RunFile, tmp_path: Path, method: str
     assert not (folders[0] / "model").exists()
 
 
+def test_an_adapter_says_from_anywhere_what_it_belongs_to(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is named as the folder of a run, relative to where training began; it is exported from elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    assert train(run_file("base.yaml"), "--run", "base") == 0
+    model = {"start": "base", "network": None, "tokenizer": None}
+    assert train(run_file(method="sft", model=model, lora={"rank": 4}), "--run", "tuned") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["export", "../tuned", "out", "--merge", "--to", "pt"]) == 0
+    (adapter,) = checkpoint_paths(tmp_path / "tuned" / "checkpoints")
+    assert (adapter / "adapter/tokenizer.json").read_bytes() == Path("out/tokenizer.json").read_bytes()
+
+
 def test_a_run_that_is_killed_again_and_again_ends_the_same(run_file: RunFile, tmp_path: Path) -> None:
     path = run_file(train={"steps": 40}, checkpoint={"every": 3, "asynchronous": True}, ema={"decay": 0.9})
     assert train(path, "--run", tmp_path / "whole") == 0

@@ -1,32 +1,16 @@
-"""The kinds of rows there are, by name, and which of them a file holds."""
+"""Which kind of rows a file holds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from ernie45.errors import ConfigError, RequestError
-from ernie45.processing.tokenizer import Tokenizer
 from ernie45.training.data.config import DataConfig
-from ernie45.training.data.methods import kto_rows, preference_rows, pretrain_rows, sft_rows
 from ernie45.training.data.sources import open_source
-from ernie45.training.data.stream import PackedRows
 
 RowKind = Literal["pretrain", "sft", "preference", "kto"]
 _MAX_LOOKED_AT = 100
-
-
-class _Opens(Protocol):
-    def __call__(self, config: DataConfig, tokenizer: Tokenizer) -> PackedRows[Any, Any]: ...
-
-
-OPENERS: dict[RowKind, _Opens] = {
-    "pretrain": pretrain_rows,
-    "sft": sft_rows,
-    "preference": preference_rows,
-    "kto": kto_rows,
-}
-"""What opens a stream of each kind."""
 
 
 def told_kind(config: DataConfig) -> RowKind:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -101,10 +101,26 @@ def kto_rows(
     return _stream(config, tokenizer, method, ("kto",), part, rank, world)
 
 
-def rows_of(method: str) -> Callable[..., PackedRows[Any, Any]]:
-    """What makes the rows of a method of training."""
-    made: dict[str, Callable[..., PackedRows[Any, Any]]] = {"pretrain": pretrain_rows, "sft": sft_rows, "kto": kto_rows}
-    return made.get(method, preference_rows)
+class Opener(Protocol):
+    """What opens a stream of rows of one kind."""
+
+    def __call__(
+        self, config: DataConfig, tokenizer: Tokenizer, *, num_mtp: int = 0, rank: int = 0, world: int = 1, part: Part = "train"
+    ) -> PackedRows[Any, Any]: ...
+
+
+OPENERS: Mapping[str, Opener] = {
+    "pretrain": pretrain_rows,
+    "sft": sft_rows,
+    "preference": preference_rows,
+    "kto": kto_rows,
+}
+"""By kind of row."""
+
+
+def rows_of(method: str) -> Opener:
+    """What makes the rows of a method of training: those that are no kind of row themselves compare pairs."""
+    return OPENERS.get(method, preference_rows)
 
 
 def _read_text(record: Mapping[str, Any], origin: str, tokenizer: Tokenizer, config: DataConfig) -> Fitted[TextIds]:
