@@ -76,9 +76,11 @@ def build_parser(name: str) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors become one line on stderr."""
-    # Spinning OpenMP threads starve everything else on a small machine. Must be set before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] != ["train"]:
+        # Spinning OpenMP threads starve everything else on a small machine; training is nothing but their work, and a fifth slower
+        # where each product has to wake them. Must be set before torch is imported.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     debug = "--debug" in (argv[: argv.index("--")] if "--" in argv else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that cannot show a character of an answer gets its escape, not a crash.

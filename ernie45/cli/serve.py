@@ -88,6 +88,7 @@ def server_config(options: argparse.Namespace, model: Path, keys: list[str]) -> 
         limits=Limits(
             body_bytes=options.max_body,
             waiting=options.max_waiting,
+            wait_s=options.max_wait,
             request_timeout_s=options.request_timeout,
             connections=options.max_concurrency or defaults.connections,
         ),

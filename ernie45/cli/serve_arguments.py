@@ -112,6 +112,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     limits.add_argument(
         "--max-waiting", type=int, default=128, metavar="N", help="requests that may wait (default 128)"
     )
+    limits.add_argument(
+        "--max-wait",
+        type=float,
+        default=3600.0,
+        metavar="S",
+        help="refuse requests that would wait longer, as answers take now (default 3600)",
+    )
     limits.add_argument("--max-concurrency", type=int, metavar="N", help="connections (default 1024)")
     limits.add_argument(
         "--request-timeout", type=float, default=3600.0, metavar="S", help="seconds per request (default 3600)"

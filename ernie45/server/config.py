@@ -29,6 +29,8 @@ class Limits:
     """`n` times prompts of one request."""
     waiting: int = 128
     """Requests that may wait for the engine, beside those that run; more are refused with 429."""
+    wait_s: float = 3600.0
+    """Who would wait longer, as answers take now, is refused with 429 as well."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

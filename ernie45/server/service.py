@@ -153,14 +153,19 @@ class Service:
         if self.engine.state != "ready":
             raise EngineDownError("the engine is being started: try again shortly")
         waiting = self.engine.in_flight - self.facts.max_num_seqs
-        if waiting >= self.config.limits.waiting:
+        if waiting >= self.config.limits.waiting or self._expected_s(waiting) > self.config.limits.wait_s:
             raise self._overloaded(waiting)
 
+    def _expected_s(self, waiting: int) -> float:
+        """Until the last of those that wait begins, from what answers took lately."""
+        return waiting * self._mean_s / self.facts.max_num_seqs
+
     def _overloaded(self, waiting: int) -> ApiError:
-        expected = waiting * self._mean_s / self.facts.max_num_seqs
+        expected, limits = self._expected_s(waiting), self.config.limits
         return ApiError(
             429,
-            f"{waiting} requests wait already, the limit is {self.config.limits.waiting}: try again later",
+            f"{waiting} requests wait already, for about {expected:.0f} s; the limits are {limits.waiting} and {limits.wait_s:g} s: "
+            "try again later",
             code="overloaded",
             headers={"Retry-After": str(min(max(math.ceil(expected), 1), 60))},
         )
@@ -192,5 +197,5 @@ class Service:
         ticket.settle(usage.prompt_tokens + usage.completion_tokens)
         self.metrics.ended(answering)
         assert timings.ended is not None, "it has ended"
-        took = timings.ended - timings.arrived
+        took = timings.ended - timings.arrived - max(answering.queue_times, default=0.0)
         self._mean_s = took if not self._mean_s else 0.9 * self._mean_s + 0.1 * took

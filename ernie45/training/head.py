@@ -22,7 +22,7 @@ from ernie45.training.leaves.precision import sum_dtype
 if TYPE_CHECKING:
     from ernie45.training.network import TrainingNetwork
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
 """Rows whose logits exist together. The gradient of the matrix is read and written once per chunk: with fewer rows that
 takes longer than the products (at 200 GFLOP/s and 35 GB/s as long for 8 rows), with more the logits take memory."""
 

@@ -199,11 +199,12 @@ def test_bad_arguments(arguments: list[str], code: int, message: str, capsys: An
 
 
 TOOL = """#!{python}
-import json, sys
+import json, os, sys
 arguments = dict(zip(sys.argv[1::1], sys.argv[2::1]))
 with open(sys.argv[0] + ".calls", "a") as calls:
     print(arguments.get("-d"), arguments["-fa"], "--no-repack" in sys.argv or arguments.get("--repack") == "0", file=calls)
 speed = 10 + 5 * int(arguments["-fa"] in ("1", "on")) + 2 * ("--no-repack" in sys.argv or arguments.get("--repack") == "0")
+speed -= 9 * ("OMP_WAIT_POLICY" in os.environ)
 if sys.argv[0].endswith("batched-bench"):
     print("a line of text")
     print(json.dumps({{"pl": int(arguments["-npl"]), "speed_tg": speed * int(arguments["-npl"])}}))
@@ -214,8 +215,9 @@ else:
 """
 
 
-def test_the_best_of_llama_cpps_settings_counts(tmp_path: Path) -> None:
-    """Stand-ins for its tools that are fastest with flash attention and without repacking."""
+def test_the_best_of_llama_cpps_settings_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for its tools that are fastest with flash attention and without repacking, and slow if told how to wait."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     for name in ("llama-bench", "llama-batched-bench"):
         (tmp_path / name).write_text(TOOL.format(python=sys.executable))
         (tmp_path / name).chmod(0o755)

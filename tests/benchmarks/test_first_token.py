@@ -19,8 +19,9 @@ CONFIG = ernie45.ModelConfig(
 )  # fmt: skip
 
 
-def run(folder: Path) -> subprocess.CompletedProcess[str]:
+def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "benchmarks/first_token.py"), str(folder), "--repeats", "1", "--prompt", "3"]
+    command += more
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
@@ -29,7 +30,7 @@ def test_a_time_and_a_size(tmp_path: Path) -> None:
     write_packed(CONFIG, make_scheme("wint4-all"), tmp_path / "model")
     done = run(tmp_path / "model")
     assert re.fullmatch(
-        r"first token of a 3-token prompt after [\d.]+ s \([\d.]+-[\d.]+\), peak memory 0\.[1-9]\d? GB\n", done.stdout
+        r"ernie45: first token of a 3-token prompt after [\d.]+ s \([\d.]+-[\d.]+\), peak memory 0\.[1-9]\d? GB\n", done.stdout
     ), done.stdout + done.stderr
 
 
@@ -37,3 +38,11 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     done = run(tmp_path / "none")
     assert done.returncode != 0
     assert "the process ended with status" in done.stderr
+
+
+def test_a_peer_that_is_not_built(tmp_path: Path) -> None:
+    write_packed(CONFIG, make_scheme("wint4-all"), tmp_path / "model")
+    done = run(tmp_path / "model", "--llama-cpp", str(tmp_path), "--peer-file", "x.gguf")
+    assert done.stdout.startswith("ernie45: "), "ours is measured and told"
+    assert "build llama.cpp with the target llama-server" in done.stderr
+    assert "go together" in run(tmp_path / "model", "--llama-cpp", str(tmp_path)).stderr

@@ -146,3 +146,26 @@ def test_waiting_to_be_rendered_is_bounded_too() -> None:
     assert found.count(True) == RENDERERS + WAITING
     assert len(refused) == 20 - RENDERERS - WAITING
     assert all(error.status == 429 and int(error.headers["Retry-After"]) >= 1 for error in refused)
+
+
+def test_who_would_wait_too_long_is_refused() -> None:
+    """Two streams, answers of 4 s beside 9 s of waiting: each that waits adds 2 s."""
+    engine: Any = SimpleNamespace(facts=SimpleNamespace(max_num_seqs=2), stats=None, restarts=0, state="ready", in_flight=2)
+    config = ServerConfig(served_model_names=("m",), api_keys=("key-of-the-test",), limits=Limits(wait_s=5.0))
+    tokenizer: Any = None
+    service = Service(config, tokenizer, engine, {})
+    service.metrics = SimpleNamespace(ended=lambda _: None)  # type: ignore[assignment]
+    answered: Any = SimpleNamespace(
+        usage=SimpleNamespace(prompt_tokens=1, completion_tokens=1),
+        timings=SimpleNamespace(arrived=100.0, ended=113.0),
+        queue_times=[9.0],
+    )
+    service._ended(answered, SimpleNamespace(settle=lambda _: None))  # type: ignore[arg-type]
+    for in_flight, refused in ((2, False), (4, False), (5, True)):
+        engine.in_flight = in_flight
+        if not refused:
+            service._check_open()
+            continue
+        with pytest.raises(ApiError, match=r"3 requests wait already, for about 6 s; the limits are 128 and 5 s") as error:
+            service._check_open()
+        assert (error.value.status, error.value.headers["Retry-After"]) == (429, "6")

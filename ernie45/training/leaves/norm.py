@@ -14,7 +14,7 @@ from torch import Tensor
 from ernie45.layers.norm import RMSNorm
 from ernie45.training.leaves.precision import sum_dtype
 
-_BLOCK_VALUES = 1 << 16
+_BLOCK_VALUES = 1 << 18
 """Values of a block of rows in the backward pass: its seven passes then run in the cache."""
 
 
