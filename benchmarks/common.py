@@ -73,14 +73,15 @@ class Fresh:
     """Cores that other processes kept busy meanwhile (stolen time of a virtual machine included); None if unknown."""
 
 
-def thread_environment(threads: int) -> dict[str, str]:
+def thread_environment(threads: int, *, sleeps: bool = True) -> dict[str, str]:
     """Environment of a measuring process: its threads, how they wait, no network and no progress bars.
 
-    A stated OMP_WAIT_POLICY is kept; without one it is `passive`, as the package's entry points set it.
+    Args: sleeps: set OMP_WAIT_POLICY to `passive` unless it is set, as the package's entry points do, those of training apart.
     """
+    waiting = {"OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive")} if sleeps else {}
     return {
+        **waiting,
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
@@ -91,10 +92,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_fresh(function: str, *, threads: int, **arguments: Any) -> Fresh:
+def run_fresh(function: str, *, threads: int, sleeps: bool = True, **arguments: Any) -> Fresh:
     """Run `module:function` in a new Python process.
 
-    Args: function: takes and returns what JSON can hold. threads: for OpenMP and torch.
+    Args: function: takes and returns what JSON can hold. threads: for OpenMP and torch. sleeps: see `thread_environment`.
     Raises: CapacityError if the process was killed; Ernie45Error if it failed or takes longer than an hour.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +106,7 @@ def run_fresh(function: str, *, threads: int, **arguments: Any) -> Fresh:
         try:
             process = subprocess.run(
                 [sys.executable, "-m", "benchmarks.common", str(job), str(answer)],
-                env={**os.environ, "PYTHONPATH": path, **thread_environment(threads)},
+                env={**os.environ, "PYTHONPATH": path, **thread_environment(threads, sleeps=sleeps)},
                 capture_output=True,
                 text=True,
                 timeout=_CHILD_LIMIT_S,

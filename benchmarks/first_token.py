@@ -80,7 +80,9 @@ def _report(name: str, run: Callable[[], tuple[float, int]], options: argparse.N
 def _ours(folder: str, prompt: int) -> tuple[float, int]:
     """Seconds and bytes."""
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-c", CHILD, folder, str(prompt)], stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD, folder, str(prompt)], stdout=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout is not None, "asked for"
         line = child.stdout.readline()
         seconds = time.perf_counter() - start
@@ -99,7 +101,9 @@ def _peer(options: argparse.Namespace, setting: str) -> tuple[float, int]:
         endpoint = running.endpoint(chat=False)
         connection = http.client.HTTPConnection(endpoint.host, endpoint.port, timeout=60)
         body = json.dumps({"prompt": ids, "max_tokens": 1, "temperature": 0})
-        connection.request("POST", endpoint.path, body, {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"})
+        connection.request(
+            "POST", endpoint.path, body, {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+        )
         answer = connection.getresponse()
         answer.read()
         if answer.status != http.client.OK:

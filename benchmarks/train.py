@@ -78,13 +78,13 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it with its first tensor, in every process measured
     began = {"date": common.now(), "commit": common.commit()}  # before somebody edits or commits
     peak_size = {"size": 64 if options.quick else 2048}
-    peaks = [common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, **peak_size)]
+    peaks = [common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, sleeps=False, **peak_size)]
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         fresh = common.run_fresh(f"{_WORKER}:prepare", threads=options.threads, folder=folder, tiny=options.quick)
         for case in cases:
             runs += _measure(case, folder, options)
-    peaks.append(common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, **peak_size))
+    peaks.append(common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, sleeps=False, **peak_size))
     noises = [each["other_cores"] for each in runs] + [each.other_cores for each in peaks]
     return {
         "benchmark": "train",
@@ -168,6 +168,7 @@ def _measure(case: Case, folder: str, options: argparse.Namespace) -> list[dict[
             fresh = common.run_fresh(
                 f"{_WORKER}:measure",
                 threads=options.threads,
+                sleeps=False,
                 package=package,
                 experts=experts,
                 folder=folder,
@@ -193,7 +194,7 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f" table not), random weights, routers too; float32; {network['text']}",
         "a step: forward, backward, AdamW (fused, torch) over rows of full length; median (lowest-highest) of"
         f" {settings['steps']} steps in each of {settings['repeats']} fresh processes per package, in turns, after one that"
-        f" does not count; {settings['threads']} threads",
+        f" does not count; {settings['threads']} threads, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
         "MFU: tokens/s x FLOPs per token / peak; FLOPs per token = 6 x active parameters + 6 x layers x heads x head size x"
         " (length + 1), what is computed again not counted; peak:"
         f" {report['peak_flops'] / 1e9:.1f} GFLOP/s, the fastest torch.matmul (float32) before"

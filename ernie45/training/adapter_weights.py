@@ -33,7 +33,9 @@ class AdapterWeights:
             adapter = copies.deepcopy(adapter)
 
         def write(folder: Path) -> None:
-            save_adapter(adapter, self._model.config, folder / ADAPTER_FOLDER, base=self._base, extra_files=self._extra_files)
+            save_adapter(
+                adapter, self._model.config, folder / ADAPTER_FOLDER, base=self._base, extra_files=self._extra_files
+            )
 
         return write
 

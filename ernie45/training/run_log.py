@@ -118,7 +118,9 @@ def read_run(folder: Path, name: str) -> RunLog:
         raise NotFoundError(f"{folder} has no {METRICS_FILE}: give the folder of a training run")
     records, notes = _read_records(folder / METRICS_FILE)
     if not records:
-        raise CheckpointError(f"{folder / METRICS_FILE} has no finished step yet: wait for the run, or give another one")
+        raise CheckpointError(
+            f"{folder / METRICS_FILE} has no finished step yet: wait for the run, or give another one"
+        )
     about, missing = _read_about(folder / RUN_FILE)
     series = _series(records, folder / METRICS_FILE)
     return RunLog(name=name, folder=folder, about=about, series=series, notes=(*notes, *missing))

@@ -60,8 +60,12 @@ def write_rows_of_poems(
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument("poems", type=Path, help="a file that fetch.py wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help=".jsonl to write")
-    parser.add_argument("--per-form", type=int, default=per_form, metavar="N", help=f"most rows per form (default {per_form})")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which poems, and what is drawn for them (default 0)")
+    parser.add_argument(
+        "--per-form", type=int, default=per_form, metavar="N", help=f"most rows per form (default {per_form})"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="which poems, and what is drawn for them (default 0)"
+    )
     options = parser.parse_args(argv)
     count = write_rows(options.output, rows(read_poems(options.poems), options.per_form, options.seed))
     print(f"{count} rows: {options.output}")

@@ -30,7 +30,8 @@ def test_a_time_and_a_size(tmp_path: Path) -> None:
     write_packed(CONFIG, make_scheme("wint4-all"), tmp_path / "model")
     done = run(tmp_path / "model")
     assert re.fullmatch(
-        r"ernie45: first token of a 3-token prompt after [\d.]+ s \([\d.]+-[\d.]+\), peak memory 0\.[1-9]\d? GB\n", done.stdout
+        r"ernie45: first token of a 3-token prompt after [\d.]+ s \([\d.]+-[\d.]+\), peak memory 0\.[1-9]\d? GB\n",
+        done.stdout,
     ), done.stdout + done.stderr
 
 

@@ -57,7 +57,7 @@ def test_a_small_run_learns_the_same_with_both_packages(
         for name in ("prepare", "measure_peak", "measure")
     }
 
-    def here(function: str, *, threads: int, **arguments: Any) -> common.Fresh:
+    def here(function: str, *, threads: int, sleeps: bool = True, **arguments: Any) -> common.Fresh:
         result = functions[function](**arguments)
         return common.Fresh(result=json.loads(json.dumps(result)), other_cores=0.0)
 

@@ -150,7 +150,9 @@ def test_waiting_to_be_rendered_is_bounded_too() -> None:
 
 def test_who_would_wait_too_long_is_refused() -> None:
     """Two streams, answers of 4 s beside 9 s of waiting: each that waits adds 2 s."""
-    engine: Any = SimpleNamespace(facts=SimpleNamespace(max_num_seqs=2), stats=None, restarts=0, state="ready", in_flight=2)
+    engine: Any = SimpleNamespace(
+        facts=SimpleNamespace(max_num_seqs=2), stats=None, restarts=0, state="ready", in_flight=2
+    )
     config = ServerConfig(served_model_names=("m",), api_keys=("key-of-the-test",), limits=Limits(wait_s=5.0))
     tokenizer: Any = None
     service = Service(config, tokenizer, engine, {})
@@ -166,6 +168,8 @@ def test_who_would_wait_too_long_is_refused() -> None:
         if not refused:
             service._check_open()
             continue
-        with pytest.raises(ApiError, match=r"3 requests wait already, for about 6 s; the limits are 128 and 5 s") as error:
+        with pytest.raises(
+            ApiError, match=r"3 requests wait already, for about 6 s; the limits are 128 and 5 s"
+        ) as error:
             service._check_open()
         assert (error.value.status, error.value.headers["Retry-After"]) == (429, "6")

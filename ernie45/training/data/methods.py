@@ -105,7 +105,14 @@ class Opener(Protocol):
     """What opens a stream of rows of one kind."""
 
     def __call__(
-        self, config: DataConfig, tokenizer: Tokenizer, *, num_mtp: int = 0, rank: int = 0, world: int = 1, part: Part = "train"
+        self,
+        config: DataConfig,
+        tokenizer: Tokenizer,
+        *,
+        num_mtp: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        part: Part = "train",
     ) -> PackedRows[Any, Any]: ...
 
 
