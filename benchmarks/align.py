@@ -121,7 +121,10 @@ def rows_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     ratio = ours["tokens_per_s"].median / peer["tokens_per_s"].median
     memory = ours["peak_bytes"].median / peer["peak_bytes"].median
     ours |= {"times_tokens_per_s": ratio, "times_memory": memory, "goal_met": ratio >= case.goal}
-    return [{name: vars(value) if isinstance(value, common.Spread) else value for name, value in row.items()} for row in (ours, peer)]
+    return [
+        {name: vars(value) if isinstance(value, common.Spread) else value for name, value in row.items()}
+        for row in (ours, peer)
+    ]
 
 
 def losses_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -242,7 +245,9 @@ def _case_facts(case: Mapping[str, Any]) -> list[str]:
     prompts, answers = ("-".join(map(str, sizes[key])) for key in ("prompt_tokens", "answer_tokens"))
     losses = case["losses"]
     apart = losses["largest_difference"]
-    verdict = "" if apart <= _LOSS_LIMIT else f": **not to be published**, above {_LOSS_LIMIT} it is not the same training"
+    verdict = (
+        "" if apart <= _LOSS_LIMIT else f": **not to be published**, above {_LOSS_LIMIT} it is not the same training"
+    )
     return [
         f"dpo: {sizes['num_pairs']} pairs in a step, prompts of {prompts} tokens, answers of {answers}; all weights learn,"
         " beside a frozen copy; AdamW (fused, torch), gradients clipped at norm 1; a pair's tokens are its prompt once and"

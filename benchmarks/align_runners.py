@@ -7,6 +7,7 @@ Shape letters: B prompts, T tokens.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,8 +21,8 @@ from torch import Tensor
 
 import ernie45
 from ernie45.training.data.pairs import PreferencePair
-from ernie45.training.losses.preference import PreferenceConfig
 from ernie45.training.loop import LoopConfig, Parts, Trainer
+from ernie45.training.losses.preference import PreferenceConfig
 from ernie45.training.network import TrainingNetwork
 from ernie45.training.optim import LrSchedule, OptimizerConfig, ScheduleConfig, build_optimizer
 from ernie45.training.preference import PreferenceObjective
@@ -76,36 +77,37 @@ def trl_dpo(path: Path, batches: Sequence[Sequence[Pair]], *, experts: str) -> C
     Two things that it does unless told otherwise are off: activations are not computed again, which would make it slower, and
     the routers have no loss of their own, which is not DPO's.
     """
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOTrainer
+
+    datasets: Any = importlib.import_module("datasets")  # ships no annotations
 
     ends: list[float] = []
     losses: list[float] = []
 
     class Watch(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
 
-        def on_log(self, *_: Any, logs: Mapping[str, float], **__: Any) -> None:
-            losses.extend(value for name, value in logs.items() if name == "loss")
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            losses.extend(value for name, value in kwargs["logs"].items() if name == "loss")
 
     class Prepared(DPOTrainer):
-        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 
     with TemporaryDirectory() as scratch:
         Prepared(
             model=str(path),
             args=_trl_config(scratch, len(batches), len(batches[0]), experts),
-            train_dataset=Dataset.from_list([dict(pair) for pairs in batches for pair in pairs]),
+            train_dataset=datasets.Dataset.from_list([dict(pair) for pairs in batches for pair in pairs]),
             processing_class=PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), pad_token=PAD),
             callbacks=[Watch()],
         ).train()
     return ends, losses
 
 
-def our_rollout(path: Path, prompts_BT: Tensor, *, num_answers: int, new_tokens: int) -> Rollout:  # noqa: N803  # letters are shapes
+def our_rollout(path: Path, prompts_BT: Tensor, *, num_answers: int, new_tokens: int) -> Rollout:
     """The generator that `ernie train` hands to reinforcement learning, but past end tokens."""
     model = ernie45.load_model(path).requires_grad_().train()
     network = TrainingNetwork(model)
@@ -123,7 +125,7 @@ def our_rollout(path: Path, prompts_BT: Tensor, *, num_answers: int, new_tokens:
     return sample
 
 
-def their_rollout(path: Path, prompts_BT: Tensor, *, num_answers: int, new_tokens: int, experts: str) -> Rollout:  # noqa: N803
+def their_rollout(path: Path, prompts_BT: Tensor, *, num_answers: int, new_tokens: int, experts: str) -> Rollout:
     """transformers' `generate` on one batch of as many rows as there are answers, without filters of its own."""
     from transformers import AutoModelForCausalLM
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import align_runners, train_worker
+import ernie45
+from benchmarks import align_runners
 from benchmarks.align_runners import PAD_ID, Course, Pair, Rollout
 from benchmarks.common import PeakMemory
+from benchmarks.train_worker import network_config
 from ernie45.config.model import ModelConfig
+from ernie45.models.build import build_model
+from ernie45.models.init import initialize
 
+_STD = 0.02
 _NUM_BATCHES = 3
 """Different batches, taken in turns: what comes again has a lower loss."""
 _SEED = 0
@@ -25,11 +31,26 @@ _FIRST_ID = PAD_ID + 1
 
 
 def prepare(*, folder: str, tiny: bool) -> dict[str, Any]:
-    """The checkpoints of `train_worker.prepare`, each with a vocabulary of invented pieces. Returns: what they are."""
-    network = train_worker.prepare(folder=folder, tiny=tiny)
-    for name in ("tiny", "model"):
-        _write_vocabulary(Path(folder, name))
-    return {**network, "torch_cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    """Write random weights with a vocabulary as checkpoints that all packages read, one of them tiny, to warm up with.
+
+    Returns: what they are.
+    """
+    # The engine takes heads of 16 and more, the tiny network of the training benchmark has smaller ones.
+    small = replace(network_config(tiny=True), head_dim=16)
+    config = small if tiny else network_config(tiny=False)
+    for name, each in (("tiny", small), ("model", config)):
+        model = build_model(each)
+        initialize(model, std=_STD, seed=_SEED, correction_bias_std=0.01)
+        ernie45.save_model(model, Path(folder, name), extra_files={"tokenizer.json": _vocabulary(each.vocab_size)})
+    count, moe = ernie45.count_parameters(config), config.moe
+    assert moe is not None, "the network that is measured is a mixture of experts"
+    return {
+        "total": count.total,
+        "active": count.active,
+        "text": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {moe.moe_num_experts} experts of"
+        f" {moe.moe_intermediate_size}, {moe.moe_k} per token, vocabulary {config.vocab_size}",
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def measure_dpo(
@@ -141,12 +162,12 @@ def drawn_prompts(path: Path, num_prompts: int, prompt_tokens: int) -> Tensor:
     return torch.randint(_FIRST_ID, size, (num_prompts, prompt_tokens), generator=generator)
 
 
-def _write_vocabulary(path: Path) -> None:
-    """A tokenizer with a piece for every row of the table: the sampler leaves out ids that have none."""
+def _vocabulary(size: int) -> bytes:
+    """A tokenizer with an invented piece for every row of the table: the sampler leaves out ids that have none."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    size = ModelConfig.from_pretrained(path).vocab_size
     tokenizer = Tokenizer(models.BPE(vocab={f"token{i}": i for i in range(size)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
+    text: str = tokenizer.to_str()
+    return text.encode()
