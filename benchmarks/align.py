@@ -107,7 +107,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
 
 def rows_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Both packages' lines of a case, the peer with its faster experts; a process counts as a whole: its steps differ in size."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for package, experts in _contenders(case):
         found = _of(runs, case, package, experts)
         spreads = {

@@ -78,9 +78,11 @@ def trl_dpo(path: Path, batches: Sequence[Sequence[Pair]], *, experts: str) -> C
     the routers have no loss of their own, which is not DPO's.
     """
     from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOTrainer
+    from trl.trainer.dpo_trainer import DPOTrainer
 
-    datasets: Any = importlib.import_module("datasets")  # ships no annotations
+    # Neither is annotated.
+    datasets: Any = importlib.import_module("datasets")
+    tokenizer_class: Any = PreTrainedTokenizerFast
 
     ends: list[float] = []
     losses: list[float] = []
@@ -101,7 +103,7 @@ def trl_dpo(path: Path, batches: Sequence[Sequence[Pair]], *, experts: str) -> C
             model=str(path),
             args=_trl_config(scratch, len(batches), len(batches[0]), experts),
             train_dataset=datasets.Dataset.from_list([dict(pair) for pairs in batches for pair in pairs]),
-            processing_class=PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"), pad_token=PAD),
+            processing_class=tokenizer_class(tokenizer_file=str(path / "tokenizer.json"), pad_token=PAD),
             callbacks=[Watch()],
         ).train()
     return ends, losses
@@ -182,7 +184,7 @@ def _as_pair(pair: Pair) -> PreferencePair:
 
 
 def _trl_config(folder: str, num_steps: int, num_pairs: int, experts: str) -> Any:
-    from trl import DPOConfig
+    from trl.trainer.dpo_config import DPOConfig
 
     return DPOConfig(
         output_dir=folder,
