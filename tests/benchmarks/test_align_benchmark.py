@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import align, align_worker, common
 from ernie45.config.model import ModelConfig
+from ernie45.training.rollout import LlmGenerator
 
 DPO, SAMPLING = align.cases(tiny=False)
 SETTINGS = {"threads": 2, "repeats": 2, "steps": 2, "quick": False}
@@ -116,6 +117,14 @@ def test_a_small_run_does_the_same_with_all_packages(
     for package in ("transformers", "trl"):
         pytest.importorskip(package)
     monkeypatch.setenv("CI", "1")  # TRL tells its makers nothing
+    synced = []
+    sync = LlmGenerator.sync
+
+    def note_sync(self: LlmGenerator, model: Any) -> None:
+        synced.append(model)
+        sync(self, model)
+
+    monkeypatch.setattr(LlmGenerator, "sync", note_sync)
 
     def here(function: str, *, threads: int, **arguments: Any) -> common.Fresh:
         result = getattr(align_worker, function.rpartition(":")[2])(**arguments)
@@ -135,6 +144,7 @@ def test_a_small_run_does_the_same_with_all_packages(
     assert report["cases"][0]["losses"]["largest_difference"] < 1e-4
     assert {tuple(run["tokens"]) for run in dpo} == {tuple(dpo[0]["tokens"])}
     assert [run["tokens"] for run in sampling] == [[2 * 2 * 5] * 4] * 3
+    assert len(synced) == 1 + 1 + 4, "weights are handed over before every rollout: rehearsal, warm-up, steps"
     assert [(row["case"], row["package"]) for row in report["rows"]] == [
         *(("dpo", "ernie45"), ("dpo", "trl")),
         *(("sampling", "ernie45"), ("sampling", "transformers")),
