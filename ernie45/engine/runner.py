@@ -9,8 +9,10 @@ stays what it is, the definition that trains.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from ernie45.models.text import CausalLM
 KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 """What keys and values can be stored in, by name; int8 has a float32 scale per token and head."""
 
+_ALIGNMENT = 64  # bytes, a cache line
 _LOGIT_ROWS = 64  # rows of logits at a time where a prompt is scored: 64 x 103424 float32 are 26 MB
 
 
@@ -59,9 +62,9 @@ def new_stores(model: CausalLM, num_layers: int, num_pages: int, page_size: int,
     """
     shape = (2, num_layers, num_pages, model.config.num_key_value_heads, page_size)
     try:
-        # Zeros come from the system; a prediction block may look at slots that nobody wrote.
-        store = torch.zeros((*shape, model.config.head_dim), dtype=KV_DTYPES[kv_dtype])
-        scales = torch.zeros(shape) if kv_dtype == "int8" else None
+        # Zeros: a prediction block may look at slots that nobody wrote.
+        store = untouched_zeros((*shape, model.config.head_dim), KV_DTYPES[kv_dtype])
+        scales = untouched_zeros(shape, torch.float32) if kv_dtype == "int8" else None
     except (RuntimeError, MemoryError) as error:
         size = num_pages * page_size * kv_bytes_per_token(model, kv_dtype, num_layers)
         raise CapacityError(
@@ -77,6 +80,13 @@ def new_stores(model: CausalLM, num_layers: int, num_pages: int, page_size: int,
         )
         for layer in range(num_layers)
     )
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros, aligned as torch's own, that take no memory until they are touched: torch writes its zeros, numpy has the system's."""
+    memory = np.zeros(math.prod(shape) * dtype.itemsize + _ALIGNMENT, dtype=np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(memory[first : len(memory) - _ALIGNMENT + first]).view(dtype).view(shape)
 
 
 class Runner:
