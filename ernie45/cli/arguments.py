@@ -264,6 +264,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=("pt", "paddle", "gguf"), help="format to write")
     parser.add_argument("--merge", action="store_true", help="put the adapter into the weights")
     parser.add_argument("--adapter", metavar="DIR", help="adapter (PEFT's format) for a MODEL that has none beside it")
+    parser.add_argument(
+        "--average", action="store_true", help="take the average of the weights that a run with a section ema keeps"
+    )
     parser.add_argument("--dtype", choices=_DTYPES, default="auto", help="auto keeps every tensor as it is")
     parser.add_argument("--force", action="store_true", help="replace DST")
     _json(parser)
@@ -439,6 +442,7 @@ VERBS: dict[str, Verb] = {
         (
             ("ernie export RUN out --to pt", "a run's newest checkpoint"),
             ("ernie export RUN m.gguf --merge --to gguf", "with its adapter merged, for llama.cpp"),
+            ("ernie export RUN out --average --to pt", "the average of its weights instead of the last ones"),
         ),
     ),
     "bench": Verb(

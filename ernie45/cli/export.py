@@ -17,6 +17,7 @@ def run(options: argparse.Namespace) -> int:
             options.to,
             merge=options.merge,
             adapter=options.adapter,
+            average=options.average,
             dtype=options.dtype,
             overwrite=options.force,
             progress=bar.stage,
@@ -26,9 +27,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print_json(done)
         return 0
-    print(
-        f"{done.source}{f' + {done.adapter}' if done.adapter else ''} -> {done.to_format} ({done.dtype}): {done.target}"
-    )
+    what = f"{done.source}{f' + {done.adapter}' if done.adapter else ''}{', averaged' if done.average else ''}"
+    print(f"{what} -> {done.to_format} ({done.dtype}): {done.target}")
     print(
         f"loaded back: largest logit difference {done.max_logit_difference:.3g} (allowed {done.tolerance:.3g}), "
         f"same best token at {done.same_best_token:.1%}"

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 _BAR_WIDTH = 24
 _TERMINAL_DELAY_S, _TERMINAL_REDRAW_S = 0.5, 0.1
@@ -20,7 +20,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ProgressBar:
-    """Bytes done, rate and remaining time of one stage after the other, on stderr.
+    """Bytes or rows done, rate and remaining time of one stage after the other, on stderr.
 
     On a terminal one line that is redrawn, from half a second on; elsewhere, from three seconds on, a line per 5 % and
     at most one every three seconds. Leaving the `with` block ends a line that is still open.
@@ -36,14 +36,14 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self._end_line()
 
-    def stage(self, label: str) -> Callable[[int, int], None]:
-        """Begin a stage; returns what is to be called with the bytes done and in all."""
+    def stage(self, label: str, unit: Literal["bytes", "rows"] = "bytes") -> Callable[[int, int], None]:
+        """Begin a stage; returns what is to be called with the units done and in all."""
         self._end_line()
-        self._begin(label)
+        self._begin(label, unit)
         return self._report
 
-    def _begin(self, label: str) -> None:
-        self._label = label
+    def _begin(self, label: str, unit: str = "bytes") -> None:
+        self._label, self._unit = label, unit
         self._start = time.monotonic()
         self._first: tuple[float, int] | None = None
         self._drawn: tuple[float, float] | None = None
@@ -78,12 +78,15 @@ class ProgressBar:
         assert self._first is not None, "a line is drawn after the first report"
         share = done / total if total else 1.0
         bar = ("#" * round(share * _BAR_WIDTH)).ljust(_BAR_WIDTH, ".")
-        line = f"{self._label} [{bar}] {share:4.0%}  {human_bytes(done)} of {human_bytes(total)}"
+        line = f"{self._label} [{bar}] {share:4.0%}  {self._amount(done)} of {self._amount(total)}"
         elapsed, moved = now - self._first[0], done - self._first[1]
         if elapsed > 0 and moved > 0:
             rate = moved / elapsed
-            line += f", {human_bytes(rate)}/s, {(total - done) / rate:.0f} s left"
+            line += f", {self._amount(rate)}/s, {(total - done) / rate:.0f} s left"
         return line
+
+    def _amount(self, count: float) -> str:
+        return human_bytes(count) if self._unit == "bytes" else f"{human_count(round(count))} {self._unit}"
 
     def _end_line(self) -> None:
         if self._line_open:

@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if finished:
         note(f"done: {step} steps, {human_count(prepared.trainer.tokens)} tokens, in {folder}")
     else:
-        note(f"saved after step {step} of {config.train.steps}; the same command goes on from there")
+        note(f"saved after step {step} of {prepared.trainer.num_steps}; the same command goes on from there")
     return 0
 
 
@@ -104,14 +104,16 @@ def _head(prepared: Run) -> str:
     elif prepared.num_active != prepared.num_parameters:
         size += f", {human_count(prepared.num_active)} active per token"
     begun = f"goes on after step {prepared.trainer.step}" if prepared.trainer.step else "begins"
-    return f"{prepared.config.method} of {size}; {begun} in {prepared.trainer.folder}"
+    return (
+        f"{prepared.config.method} of {size}, {prepared.trainer.num_steps} steps; {begun} in {prepared.trainer.folder}"
+    )
 
 
 class _Screen:
     """The live line: redrawn on a terminal, elsewhere a line per logged step."""
 
     def __init__(self, prepared: Run) -> None:
-        self._steps = prepared.config.train.steps
+        self._steps = prepared.trainer.num_steps
         self._first: tuple[int, float] | None = None
         self._open = False
 

@@ -7,12 +7,13 @@ training had in memory: nothing that existed before is touched by an export that
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ernie45.checkpoint.atomic import atomic_folder, scratch_folder
 from ernie45.checkpoint.load import load_model
@@ -26,6 +27,9 @@ from ernie45.store.convert import Format, companions, gguf_vocabulary
 from ernie45.store.pulled import Stages, stage
 from ernie45.store.trained import Trained, find_trained
 
+Averages = Mapping[str, Tensor]
+"""By the names of parameters in training."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
@@ -33,12 +37,14 @@ class Export:
 
     source: str
     adapter: str | None
+    average: bool
+    """Whether the average of what was trained was taken, not the last values."""
     target: str
     to_format: str
     dtype: str
     """Of the weights in the copy."""
     max_logit_difference: float
-    """Of the copy, loaded in float32, to the network with its adapter unmerged."""
+    """Of the copy, loaded in float32, to the network with its adapter unmerged, or with the averages."""
     tolerance: float
     same_best_token: float
     """Share of the compared positions at which both prefer the same next token."""
@@ -53,6 +59,7 @@ def export(
     *,
     merge: bool = False,
     adapter: str | Path | None = None,
+    average: bool = False,
     dtype: str = "auto",
     overwrite: bool = False,
     progress: Stages | None = None,
@@ -60,10 +67,11 @@ def export(
     """Write a trained model in a format that serves, with tokenizer, template and generation config, and check the copy.
 
     Args: what: see `find_trained`. dst: a folder, or a .gguf file. merge: put the adapter into the weights. adapter: one for a
-            model that has none beside it. dtype: `auto` keeps every tensor's, else of all but routers and correction bias.
-            overwrite: replace `dst`. progress: called with the name of each stage.
-    Raises: UsageError for an adapter without `merge`, or `merge` without one; CheckpointError if the copy computes something
-        else, or cannot be written; and what reading raises. `dst` is as before unless the copy is good.
+            model that has none beside it. average: take the run's average of the weights, or of the adapter, for what was trained.
+            dtype: `auto` keeps every tensor's, else of all but routers and correction bias. overwrite: replace `dst`.
+            progress: called with the name of each stage.
+    Raises: UsageError for an adapter without `merge`, `merge` without one, or an average that is not kept; CheckpointError if
+        the copy computes something else, or cannot be written; and what reading raises. `dst` is as before unless the copy is good.
     """
     if to == "gguf" and Path(dst).suffix != ".gguf":
         raise UsageError(f"{dst} is no name for a GGUF file: it must end in .gguf, or no program will read it")
@@ -71,16 +79,18 @@ def export(
         raise CheckpointError(f"{dst} exists already: choose another name, or replace it with --force")
     trained = find_trained(what, adapter)
     _check_merge(trained, merge)
+    averages = _averages(trained, what) if average else None
     base = open_source(trained.base)
-    source = _merged(base, trained.adapter)
+    source = _merged(base, trained.adapter, averages)
     target_dtype = None if dtype == "auto" else parse_dtype(dtype)
     notes = [base.account.left_out["model.mtp_*"]] if base.mtp_dropped else []
     with _candidate(Path(dst), to, overwrite) as candidate:
         notes += _write(base, source, candidate, to, target_dtype, progress)
-        copied, comparison = _check(base, trained, candidate, progress)
+        copied, comparison = _check(base, trained, averages, candidate, progress)
     return Export(
         source=str(trained.base),
         adapter=None if trained.adapter is None else str(trained.adapter),
+        average=average,
         target=str(dst),
         to_format=to,
         dtype=copied,
@@ -100,14 +110,30 @@ def _check_merge(trained: Trained, merge: bool) -> None:
         raise UsageError(f"{trained.base} has no adapter to merge: leave --merge out, or name one with --adapter")
 
 
-def _merged(base: Source, adapter: Path | None) -> Source:
-    if adapter is None:
+def _averages(trained: Trained, what: str | Path) -> Averages:
+    if trained.average is None:
+        raise UsageError(
+            f"{what} keeps no average of what it trained: leave --average out, or train with a section ema in the run file"
+        )
+    from ernie45.store.average import read_average
+
+    return read_average(trained.average)
+
+
+def _merged(base: Source, adapter: Path | None, averages: Averages | None) -> Source:
+    if adapter is None and averages is None:
         return base
+    from ernie45.store.average import AveragedSource, put_average
     from ernie45.training.lora.adapter_file import read_adapter
     from ernie45.training.lora.read import adapter_from
     from ernie45.training.lora.source import AdaptedSource
 
-    return AdaptedSource(base, adapter_from(read_adapter(adapter), base.config))
+    if adapter is None:
+        return AveragedSource(base, averages or {})
+    parts = adapter_from(read_adapter(adapter), base.config)
+    if averages is not None:
+        put_average(parts, averages)
+    return AdaptedSource(base, parts)
 
 
 @contextmanager
@@ -144,11 +170,13 @@ def _write(
     return []
 
 
-def _check(base: Source, trained: Trained, candidate: Path, progress: Stages | None) -> tuple[str, Comparison]:
+def _check(
+    base: Source, trained: Trained, averages: Averages | None, candidate: Path, progress: Stages | None
+) -> tuple[str, Comparison]:
     """Load the copy and compare. Raises: CheckpointError if it computes something else."""
     report = stage(progress, "comparing")
     copied = dtype_name(_main_dtype(open_source(candidate)))
-    reference = _network(base, trained.adapter)
+    reference = _network(base, trained.adapter, averages)
     comparison = compare_networks(reference, load_model(candidate, progress=report), copied)
     if not comparison.ok:
         raise CheckpointError(
@@ -165,8 +193,10 @@ def _main_dtype(source: Source) -> torch.dtype:
 
 
 @torch.no_grad()
-def _network(base: Source, adapter: Path | None) -> CausalLM:
-    """The network that training had: the base in float32 and the adapter beside it, which checks merging as well."""
+def _network(base: Source, adapter: Path | None, averages: Averages | None) -> CausalLM:
+    """The network that training had: the base in float32 and the adapter beside it, which checks merging as well; and averages under
+    the names that they had there.
+    """
     model = build_model(base.config, device="meta").to_empty(device="cpu").eval()
     for name, tensor in model.state_dict().items():
         base.fill(tensor, name, ())
@@ -174,4 +204,7 @@ def _network(base: Source, adapter: Path | None) -> CausalLM:
         from ernie45.training.lora.read import load_adapter
 
         load_adapter(model, adapter)
+    parameters = dict(model.named_parameters())
+    for name, average in (averages or {}).items():
+        parameters[name].copy_(average)
     return model

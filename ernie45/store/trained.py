@@ -9,7 +9,7 @@ from pathlib import Path
 from ernie45.errors import NotFoundError, UsageError
 from ernie45.store.location import resolve
 from ernie45.training.run_folder import CHECKPOINTS
-from ernie45.training.state import ADAPTER_FOLDER, MODEL_FOLDER, checkpoint_paths
+from ernie45.training.state import ADAPTER_FOLDER, AVERAGE_FILE, MODEL_FOLDER, checkpoint_paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,8 @@ class Trained:
     """A folder or .gguf file with weights."""
     adapter: Path | None = None
     """An adapter in PEFT's format."""
+    average: Path | None = None
+    """The average of what was trained, where the run keeps one."""
 
 
 def find_trained(what: str | Path, adapter: str | Path | None = None) -> Trained:
@@ -31,10 +33,11 @@ def find_trained(what: str | Path, adapter: str | Path | None = None) -> Trained
     if (folder / CHECKPOINTS).is_dir():
         folder = _newest(folder / CHECKPOINTS)
     own = folder / ADAPTER_FOLDER
+    average = folder / AVERAGE_FILE if (folder / AVERAGE_FILE).is_file() else None
     if (folder / MODEL_FOLDER).is_dir():
-        found = Trained(base=folder / MODEL_FOLDER, adapter=own if own.is_dir() else None)
+        found = Trained(base=folder / MODEL_FOLDER, adapter=own if own.is_dir() else None, average=average)
     elif own.is_dir():
-        found = Trained(base=_base_of(own), adapter=own)
+        found = Trained(base=_base_of(own), adapter=own, average=average)
     else:
         found = Trained(base=resolve(folder if folder.exists() else what))
     if adapter is None:

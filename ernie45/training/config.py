@@ -16,6 +16,7 @@ from ernie45.training.losses.kto import KtoConfig
 from ernie45.training.losses.preference import PreferenceConfig
 from ernie45.training.optim import EmaConfig, OptimizerConfig, ScheduleConfig
 from ernie45.training.recompute import RecomputeConfig
+from ernie45.training.reference_policy import ReferenceConfig
 from ernie45.training.rewards import RewardConfig
 from ernie45.training.state import CheckpointConfig
 from ernie45.training.upo_config import RolloutConfig, UpoConfig
@@ -33,7 +34,7 @@ _READ_BY = {
     "rollout": ("upo",),
     "rewards": ("upo",),
     "pairs": ("upo",),
-    "reference_refresh_steps": ("dpo", "kto", "upo"),
+    "reference": ("dpo", "kto", "upo"),
 }
 
 
@@ -96,8 +97,8 @@ class RunConfig:
     """Of upo: what answers are worth."""
     pairs: DataConfig | None = None
     """Of upo with `pair_source: offline`: pairs of answers, prepared before."""
-    reference_refresh_steps: int = 0
-    """Of dpo, kto and upo without lora: steps after which the reference takes over the trained weights; 0 = never."""
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """Of dpo, kto and upo: the policy before training, which the trained one is measured against."""
     lora: LoraConfig | None = None
     """Train adapters and leave the weights as they are."""
     fp8: Fp8Config | None = None
@@ -131,15 +132,35 @@ class RunConfig:
             raise ConfigError("optimizer.lora_plus_scale is set: it belongs into the section lora here")
         if self.fp8 is not None and (self.lora is not None or self.method not in LANGUAGE_METHODS):
             raise ConfigError("fp8 is for weights that learn by pretrain or sft: leave it out")
-        if self.reference_refresh_steps < 0 or (self.reference_refresh_steps and self.lora is not None):
+        self._check_reference()
+        if self.method == "upo" and self.train.epochs is not None:
             raise ConfigError(
-                f"reference_refresh_steps is {self.reference_refresh_steps}: expected 0 or more, and 0 with lora, whose reference is "
-                "the network without its adapters"
+                "train.epochs is set but the method is upo, which may draw further prompts for those that teach nothing, so that an "
+                "epoch has no known length: set train.steps"
             )
-        if self.schedule.steps is None:
+        if self.schedule.steps is None and self.train.steps is not None:
             object.__setattr__(self, "schedule", replace(self.schedule, steps=self.train.steps))
         if self.method in ("orpo", "simpo"):
             self._resolve_loss()
+
+    def _check_reference(self) -> None:
+        reference = self.reference
+        if reference.refresh_steps and self.lora is not None:
+            raise ConfigError(
+                f"reference.refresh_steps is {reference.refresh_steps}, but with lora the reference is the network without its "
+                "adapters: leave it out"
+            )
+        if reference.kind == "cached" and self.method != "dpo":
+            unknown = (
+                "every step's prompts with answers to others"
+                if self.method == "kto"
+                else "answers that are sampled on the way"
+            )
+            raise ConfigError(
+                f"reference.kind is cached but the method is {self.method}, which asks it about {unknown}: let it be live"
+            )
+        if self.method == "dpo" and not self.preference.uses_reference and reference != ReferenceConfig():
+            raise ConfigError("reference is set, but the section preference asks for a loss without one: leave it out")
 
     def _resolve_loss(self) -> None:
         """The losses that are methods by name. Raises: ConfigError if another one is asked for."""

@@ -72,6 +72,7 @@ def _convert(stated: dict[str, Any], origin: str) -> Converted:
         elif said:
             report.append(_left_out(key, value))
     _put(ours, "optimizer.betas", [fields.get("adam_beta1", 0.9), fields["adam_beta2"]])
+    _length(ours, fields, report)
     _method(ours, fields, origin)
     report += _unread_sections(ours)
     _sources(ours, fields, report, origin)
@@ -98,10 +99,25 @@ def _method(ours: dict[str, Any], fields: Mapping[str, Any], origin: str) -> Non
     ours["method"] = _METHODS[stage]
 
 
+def _length(ours: dict[str, Any], fields: Mapping[str, Any], report: list[str]) -> None:
+    """There, steps count if they are above 0, else epochs, of which one is the default."""
+    steps, epochs = fields.get("max_steps", -1), fields.get("num_train_epochs")
+    if steps is None or (isinstance(steps, int | float) and steps <= 0):
+        _put(ours, "train.epochs", 1 if epochs is None else epochs)
+        return
+    _put(ours, "train.steps", steps)
+    if epochs is not None:
+        report.append(f"num_train_epochs: {epochs} was left out: max_steps says how long the run is")
+
+
 def _unread_sections(ours: dict[str, Any]) -> list[str]:
     """Take out what the method does not read; ERNIEKit's files often carry the fields of all stages."""
-    section = "loss" if ours["method"] in ("dpo", "kto") else "preference"
-    return [f"{section}: {name} was left out: {ours['method']} does not read it" for name in ours.pop(section, {})]
+    unread = {"dpo": ("loss",), "kto": ("loss", "preference")}.get(ours["method"], ("preference", "reference"))
+    return [
+        f"{section}: {name} was left out: {ours['method']} does not read it"
+        for section in unread
+        for name in ours.pop(section, {})
+    ]
 
 
 def _sources(ours: dict[str, Any], fields: Mapping[str, Any], report: list[str], origin: str) -> None:
@@ -165,7 +181,7 @@ def _number(value: Any) -> Any:
 
 
 _READ_BELOW = (
-    *("stage", "fine_tuning", "adam_beta1", "adam_beta2"),
+    *("stage", "fine_tuning", "adam_beta1", "adam_beta2", "max_steps", "num_train_epochs"),
     *("lora", "lora_rank", "lora_alpha", "rslora", "rslora_plus", "lora_plus_scale"),
     *("train_dataset_path", "train_dataset_prob", "train_dataset_type"),
     *("eval_dataset_path", "eval_dataset_prob", "eval_dataset_type"),
@@ -181,7 +197,6 @@ _PLAIN = {
     "batch_size": "train.rows_per_pass",
     "per_device_train_batch_size": "train.rows_per_pass",
     "gradient_accumulation_steps": "train.accumulation",
-    "max_steps": "train.steps",
     "seed": "train.seed",
     "logging_steps": "train.log_every",
     "eval_steps": "train.eval_every",
@@ -217,6 +232,7 @@ _PLAIN = {
 
 _TURNED: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "compute_type": ("model.dtype", lambda value: {"bf16": "bfloat16", "fp32": "float32"}.get(str(value))),
+    "ref_model_update_steps": ("reference.refresh_steps", lambda value: max(0, int(value))),  # -1: never
     "decay_function": ("schedule.decay", lambda value: _CURVES.get(str(value))),
     "truncation_strategy": ("data.long_rows", lambda value: _LONG_ROWS.get(str(value))),
     "packing": ("data.packing", lambda value: "best_fit" if value else "none"),
@@ -236,5 +252,4 @@ _REASONS = (
     (("offload", "release_grads"), "there is one memory here"),
     (("logging_dir", "report_to", "output_dir", "overwrite"), "name the folder with --run; metrics are in it"),
     (("dataset", "buffer_size", "num_samples"), "the order of the data follows from the section data alone"),
-    (("num_train_epochs",), "a run is told in steps: train.steps"),
 )

@@ -31,8 +31,10 @@ from ernie45.training.state import Checkpoints, Snapshot, random_state, set_rand
 class LoopConfig:
     """How many steps of how many rows, and how often something is said."""
 
-    steps: int
+    steps: int | None = None
     """Optimizer steps of the whole run."""
+    epochs: float | None = None
+    """Instead of steps: how often the run goes over its rows, above 0. They are counted before it begins. Not for upo."""
     rows_per_pass: int = 1
     """Packed rows of one forward and backward pass: the micro-batch."""
     accumulation: int = 1
@@ -47,11 +49,21 @@ class LoopConfig:
     """Held-out rows of such a look; always the same ones."""
 
     def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(f"steps is {self.steps} and epochs is {self.epochs}: set exactly one of the two")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ConfigError(f"epochs is {self.epochs}, expected a number above 0")
         for name in ("steps", "rows_per_pass", "accumulation", "log_every", "eval_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}, expected 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}, expected 1 or more")
         if self.eval_every < 0:
             raise ConfigError(f"eval_every is {self.eval_every}, expected 0 or more")
+
+    @property
+    def rows_per_step(self) -> int:
+        """Packed rows of one optimizer step."""
+        return self.rows_per_pass * self.accumulation
 
 
 class Optimizer(Protocol):
@@ -121,7 +133,11 @@ class Trainer:
     """A run: from a step to the last one, with everything that must not be lost in its folder."""
 
     def __init__(self, parts: Parts, config: LoopConfig, folder: Path) -> None:
+        """Args: config: with steps; `length.py` has made them of epochs."""
+        assert config.steps is not None, "epochs are turned into steps before"
         self.parts, self.config, self.folder = parts, config, folder
+        self.num_steps = config.steps
+        """Steps of the whole run."""
         self.step = 0
         """Steps done."""
         self.tokens = 0
@@ -152,7 +168,7 @@ class Trainer:
         metrics = MetricsFile(self.folder, after_step=self.step)
         every = self.parts.checkpoints.every
         saved = self.step
-        while self.step < self.config.steps and not stop():
+        while self.step < self.num_steps and not stop():
             line = self._timed_step()
             if self._due(self.config.eval_every):
                 line |= self.evaluate()
@@ -166,7 +182,7 @@ class Trainer:
         if saved != self.step:
             self.save()
         self.parts.checkpoints.wait()
-        return self.step >= self.config.steps
+        return self.step >= self.num_steps
 
     def save(self) -> None:
         """Write a checkpoint of this moment."""
@@ -200,7 +216,7 @@ class Trainer:
         return {f"eval/{name}": value for name, value in losses.items()}
 
     def _due(self, every: int) -> bool:
-        return bool(every) and (self.step % every == 0 or self.step == self.config.steps)
+        return bool(every) and (self.step % every == 0 or self.step == self.num_steps)
 
     def _timed_step(self) -> dict[str, Any]:
         start = time.perf_counter()
@@ -232,7 +248,7 @@ class Trainer:
     def _batches(self) -> list[Any]:
         """The micro-batches of a step: always the same rows in the same order, however they are grouped."""
         size = self.config.rows_per_pass
-        rows = [self.parts.rows.next_row() for _ in range(size * self.config.accumulation)]
+        rows = [self.parts.rows.next_row() for _ in range(self.config.rows_per_step)]
         return [self.parts.objective.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _step(self, batches: Sequence[Any], lr: float) -> StepInfo:

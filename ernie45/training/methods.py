@@ -24,7 +24,8 @@ from ernie45.training.network import TrainingNetwork
 from ernie45.training.objective import Objective, RowStream
 from ernie45.training.preference import PreferenceObjective
 from ernie45.training.prompts import PromptList, load_prompts
-from ernie45.training.reference_policy import AdapterOff, FrozenCopy, TokenReference
+from ernie45.training.reference_cache import PendingReference
+from ernie45.training.reference_policy import AdapterOff, FrozenCopy, Reference, TokenReference
 from ernie45.training.rewards import Rewards
 from ernie45.training.rollout import Generator
 from ernie45.training.upo import UpoObjective
@@ -43,6 +44,8 @@ class Method:
     objective: Objective[Any, Any]
     rows: RowStream[Any]
     after_step: list[AfterStep] = field(default_factory=list)
+    before_start: list[Callable[[], None]] = field(default_factory=list)
+    """Called once everything is built and the run's folder is there, while the weights are those of the start."""
     stateful: dict[str, Stateful] = field(default_factory=dict)
     """What checkpoints have to keep besides, by file name."""
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -50,16 +53,24 @@ class Method:
 
 
 def build_method(
-    config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer, generator: Callable[[], Generator]
+    config: RunConfig,
+    network: TrainingNetwork,
+    tokenizer: Tokenizer,
+    *,
+    generator: Callable[[], Generator],
+    cached: Callable[[], PendingReference],
 ) -> Method:
-    """The method of a configuration. Args: generator: makes what samples answers; asked by upo alone."""
+    """The method of a configuration.
+
+    Args: generator: makes what samples answers; asked by upo alone. cached: makes a reference from a file, where one is wanted.
+    """
     if config.method in LANGUAGE_METHODS:
         return _language(config, network, tokenizer)
     if config.method == "kto":
         return _kto(config, network, tokenizer)
     if config.method == "upo":
         return _upo(config, network, tokenizer, generator())
-    return _pairs(config, network, tokenizer)
+    return _pairs(config, network, tokenizer, cached)
 
 
 def _language(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer) -> Method:
@@ -101,8 +112,12 @@ def _check_first_loss(expected: float, info: StepInfo) -> None:
         )
 
 
-def _pairs(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer) -> Method:
-    reference = _reference(config, network) if config.preference.uses_reference else None
+def _pairs(
+    config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer, cached: Callable[[], PendingReference]
+) -> Method:
+    reference: Reference | None = None
+    if config.preference.uses_reference:
+        reference = cached() if config.reference.kind == "cached" else _reference(config, network)
     objective = PreferenceObjective(config.preference, reference)
     rows = _ahead(config, data.preference_rows(config.data, tokenizer))
     return _with_reference(Method(objective=objective, rows=rows), reference, network)
@@ -133,7 +148,7 @@ def _upo(config: RunConfig, network: TrainingNetwork, tokenizer: Tokenizer, gene
             load_prompts(config.data.train, tokenizer, max_prompt_len=config.data.max_prompt_len), seed=config.data.seed
         ),
         rewards=Rewards(config.rewards),
-        rows_per_step=config.train.rows_per_pass * config.train.accumulation,
+        rows_per_step=config.train.rows_per_step,
         seed=config.train.seed,
         critic=objective.critic,
         reference=reference if upo.asks_reference else None,
@@ -150,10 +165,12 @@ def _reference(config: RunConfig, network: TrainingNetwork) -> TokenReference:
     """The policy before training: the network without its adapters, or a frozen copy."""
     if config.lora is not None:
         return AdapterOff(network, adapter_off)
-    return FrozenCopy.of(network, refresh_steps=config.reference_refresh_steps)
+    return FrozenCopy.of(network, refresh_steps=config.reference.refresh_steps)
 
 
-def _with_reference(method: Method, reference: TokenReference | None, network: TrainingNetwork) -> Method:
+def _with_reference(method: Method, reference: Reference | None, network: TrainingNetwork) -> Method:
+    if isinstance(reference, PendingReference):
+        method.before_start.append(reference.fill)
     if isinstance(reference, FrozenCopy):
         copy = reference
 
@@ -167,4 +184,4 @@ def _with_reference(method: Method, reference: TokenReference | None, network: T
 
 def _ahead(config: RunConfig, rows: RowStream[Any]) -> RowStream[Any]:
     """Rows of two steps, prepared in the background."""
-    return data.Prefetch(rows, rows=2 * config.train.rows_per_pass * config.train.accumulation)
+    return data.Prefetch(rows, rows=2 * config.train.rows_per_step)

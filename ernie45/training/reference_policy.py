@@ -2,28 +2,53 @@
 
     AdapterOff        the network itself with its adapters switched off: no memory beside the adapters
     FrozenCopy        a second set of weights, which may be refreshed now and then
-    CachedReference   sums that were computed before training began, from a file: no memory and no time in training
+    CachedReference   sums that were computed before training began (`reference_cache.py`): no memory and no time in training
 
 Shape letters: L scored tokens, A answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from hashlib import blake2b
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ernie45.checkpoint.safetensors import byte_view, read_header, read_tensor, write_tensors
 from ernie45.errors import CheckpointError, ConfigError
 from ernie45.models.build import build_model
-from ernie45.training.branches import BranchBatch, Branches, branch_logprobs, in_chunks
+from ernie45.training.branches import BranchBatch, branch_logprobs
 
-_KEY_BYTES = 16
+ReferenceKind = Literal["live", "cached"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """How the policy before training is kept."""
+
+    kind: ReferenceKind = "live"
+    """`live`: it is computed in every step, by the network without its adapters, or by a second copy of the weights. `cached`: once,
+    for all rows, before the first step; of dpo."""
+    refresh_steps: int = 0
+    """Of a live copy: steps after which it takes over the trained weights; 0 = never."""
+    file: str | None = None
+    """Of cached: where the log-probabilities lie, for several runs over the same weights and rows; None: in the run's folder."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ReferenceKind):
+            raise ConfigError(f"reference kind is {self.kind!r}, expected one of {', '.join(get_args(ReferenceKind))}")
+        if self.refresh_steps < 0:
+            raise ConfigError(f"refresh_steps is {self.refresh_steps}, expected 0 (never) or more")
+        if self.kind == "cached" and self.refresh_steps:
+            raise ConfigError(
+                f"refresh_steps is {self.refresh_steps}, but what is cached is computed once: leave it out, or let kind be live"
+            )
+        if self.kind == "live" and self.file is not None:
+            raise ConfigError(
+                f"file is {self.file!r}, but a live reference reads no file: leave it out, or let kind be cached"
+            )
 
 
 class Reference(Protocol):
@@ -111,73 +136,3 @@ class FrozenCopy:
             )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-
-
-class CachedReference:
-    """Sums from a file, found by the content of a prompt and its answers."""
-
-    def __init__(self, path: Path | str, *, model_hash: str) -> None:
-        """Args: model_hash: `weights_hash` of the weights that the sums must come from.
-
-        Raises: NotFoundError, CheckpointError if the file is something else or of other weights.
-        """
-        self.path = Path(path)
-        header = read_header(self.path)
-        found = header.metadata.get("model_hash")
-        if found != model_hash or not {"keys", "counts", "sums"} <= header.entries.keys():
-            raise CheckpointError(
-                f"{self.path} holds reference log-probabilities of weights {found}, this run's are {model_hash}: remove the file, "
-                "so that they are computed again"
-            )
-        keys, counts, sums = (read_tensor(header.entries[name]) for name in ("keys", "counts", "sums"))
-        parts = sums.split(counts.tolist())
-        self._sums = {bytes(key.tolist()): part for key, part in zip(keys, parts, strict=True)}
-
-    def __len__(self) -> int:
-        return len(self._sums)
-
-    def sums(self, batch: BranchBatch) -> Tensor:
-        """See `Reference`. Raises: CheckpointError for a row that the file does not know."""
-        return torch.cat([self._found(item) for item in batch.items])
-
-    def _found(self, item: Branches) -> Tensor:
-        found = self._sums.get(item.key())
-        if found is None:
-            raise CheckpointError(
-                f"{self.path} has no log-probabilities of {item.origin or 'a row without origin'}: data or template have changed "
-                "since it was made. Remove the file, so that they are computed again"
-            )
-        return found
-
-
-def write_reference_cache(
-    path: Path | str,
-    reference: TokenReference,
-    items: Iterable[Branches],
-    *,
-    model_hash: str,
-    max_tokens: int = 8192,
-) -> None:
-    """Compute what `CachedReference` reads, once for the data. Args: max_tokens: of one pass.
-
-    Equal rows are computed once. Raises: ConfigError without rows.
-    """
-    unique = {item.key(): item for item in items}
-    if not unique:
-        raise ConfigError("there are no rows to compute reference log-probabilities of")
-    sums = [reference.sums(BranchBatch.of_items(chunk)) for chunk in in_chunks(unique.values(), max_tokens)]
-    tensors = {
-        "keys": torch.tensor([list(key) for key in unique], dtype=torch.uint8).view(-1, _KEY_BYTES),
-        "counts": torch.tensor([len(item.answers) for item in unique.values()]),
-        "sums": torch.cat(sums).float(),
-    }
-    write_tensors(path, tensors, metadata={"model_hash": model_hash})
-
-
-def weights_hash(model: nn.Module) -> str:
-    """BLAKE2b over names, dtypes and bytes of all weights: equal for equal weights, wherever they came from."""
-    digest = blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(byte_view(tensor.detach().cpu().contiguous()))
-    return digest.hexdigest()

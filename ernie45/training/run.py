@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -24,18 +24,26 @@ from ernie45.training import data
 from ernie45.training.adapter_weights import AdapterWeights
 from ernie45.training.config import LANGUAGE_METHODS, RunConfig
 from ernie45.training.fp8 import use_fp8
+from ernie45.training.length import small_data_notes, with_steps
 from ernie45.training.loop import Parts, StepInfo, Trainer
 from ernie45.training.lora.adapter import add_lora
 from ernie45.training.methods import Method, build_method
 from ernie45.training.network import TrainingNetwork, count_flops_per_token, slow_dtype_warning
 from ernie45.training.optim import Ema, LrSchedule, OptimizerConfig, build_optimizer
+from ernie45.training.reference_cache import pending_reference
 from ernie45.training.rollout import Generator
 from ernie45.training.run_folder import RunFolder
 from ernie45.training.speed import matmul_flops
-from ernie45.training.state import Checkpoints, ModelWeights, Weights
+from ernie45.training.state import AVERAGE, Checkpoints, ModelWeights, Weights
 
-Progress = Callable[[str], Callable[[int, int], None]]
-"""Begins a stage by its label; gives what is called with bytes done and in all."""
+Unit = Literal["bytes", "rows"]
+
+
+class Progress(Protocol):
+    """What is told how far a stage is."""
+
+    def __call__(self, label: str, unit: Unit = "bytes") -> Callable[[int, int], None]:
+        """Begins a stage; gives what is called with the units done and in all."""
 
 
 class Library(Protocol):
@@ -59,6 +67,7 @@ class Run:
     """A run that is ready to go."""
 
     config: RunConfig
+    """Its length in steps, whatever the run file says."""
     trainer: Trainer
     num_parameters: int
     num_active: int
@@ -76,7 +85,8 @@ class Run:
 def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Progress | None = None) -> Run:
     """Build everything, and go on from the newest checkpoint if the folder has one.
 
-    Raises: what the parts raise, before anything is written into the folder.
+    Raises: what the parts raise, before anything is written into the folder; and what a cached reference raises, after its
+        configuration is.
     """
     opened = RunFolder(folder, config)
     torch.manual_seed(config.train.seed)
@@ -85,7 +95,17 @@ def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Prog
     network = TrainingNetwork(model, recompute=config.recompute)
     if config.fp8 is not None:
         use_fp8(model, config.fp8)
-    method = build_method(config, network, tokenizer, lambda: library.generator(model, tokenizer))
+    config, notes = _sized(config, opened, tokenizer, model, progress)
+    held_out = _held_out(config, tokenizer, model)
+    method = build_method(
+        config,
+        network,
+        tokenizer,
+        generator=lambda: library.generator(model, tokenizer),
+        cached=lambda: pending_reference(
+            config, network, tokenizer, folder, held_out, lambda: _stage(progress, "reference", "rows")
+        ),
+    )
     optimizer = build_optimizer(
         [*model.named_parameters(), *_further_parameters(method.modules)],
         _optimizer_config(config),
@@ -103,18 +123,24 @@ def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Prog
         schedule=LrSchedule(config.schedule, config.optimizer.lr),
         checkpoints=Checkpoints(opened.checkpoints, _weights(config, library, model, tokenizer), config.checkpoint),
         after_step=method.after_step,
-        held_out=_held_out(config, tokenizer, model),
+        held_out=held_out,
         stateful=method.stateful,
         flops_per_token=flops,
         peak_flops=None if flops is None else matmul_flops(parse_dtype(config.model.dtype)),
     )
     trainer = Trainer(parts, config.train, folder)
     facts = _sizes(model)
-    opened.begin({"method": config.method, **facts})
+    opened.begin({"method": config.method, "num_steps": trainer.num_steps, **facts})
+    for act in method.before_start:
+        act()
     if opened.newest is not None:
         trainer.resume(opened.newest)
     slow = slow_dtype_warning(config.model.dtype)
-    return Run(config=config, trainer=trainer, notes=[slow] if slow else [], **facts)
+    return Run(config=config, trainer=trainer, notes=[*notes, *([slow] if slow else [])], **facts)
+
+
+def _stage(progress: Progress | None, label: str, unit: Unit = "bytes") -> Callable[[int, int], None] | None:
+    return None if progress is None else progress(label, unit)
 
 
 def _tokenizer(config: RunConfig, library: Library) -> Tokenizer:
@@ -127,8 +153,7 @@ def _model(config: RunConfig, library: Library, tokenizer: Tokenizer, progress: 
     """The network that the run begins with, ready to learn: weights or adapter want gradients."""
     start = config.model
     if start.start is not None:
-        stage = None if progress is None else progress("loading")
-        model = library.load_model(start.start, start.dtype, stage)
+        model = library.load_model(start.start, start.dtype, _stage(progress, "loading"))
     else:
         model = _random_model(config)
     if model.config.vision is not None:
@@ -155,6 +180,21 @@ def _random_model(config: RunConfig) -> CausalLM:
     return model
 
 
+def _sized(
+    config: RunConfig, opened: RunFolder, tokenizer: Tokenizer, model: CausalLM, progress: Progress | None
+) -> tuple[RunConfig, list[str]]:
+    """The configuration with its length in steps, and what to say of it where a run begins."""
+    if config.method == "upo":
+        return config, []
+
+    def open_rows() -> data.PackedRows[Any, Any]:
+        return data.rows_of(config.method)(config.data, tokenizer, num_mtp=_num_mtp(config, model))
+
+    report = _stage(progress, "counting", "rows")
+    sized = with_steps(config, open_rows, known=opened.fact("num_steps", int), report=report)
+    return sized, [] if opened.newest is not None else small_data_notes(config, open_rows())
+
+
 def _held_out(config: RunConfig, tokenizer: Tokenizer, model: CausalLM) -> list[Sequence[Any]]:
     """The rows of the looks at held-out data. Raises: ConfigError if they are wanted and there are none."""
     if not config.train.eval_every:
@@ -176,7 +216,7 @@ def _held_out(config: RunConfig, tokenizer: Tokenizer, model: CausalLM) -> list[
 
 
 def _keep_average(method: Method, ema: Ema) -> None:
-    method.stateful["ema"] = ema
+    method.stateful[AVERAGE] = ema
 
     def act(info: StepInfo) -> None:
         ema.update(step=info.step, loss=info.losses["loss"])

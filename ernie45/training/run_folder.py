@@ -24,7 +24,7 @@ from ernie45.errors import CheckpointError
 from ernie45.training.metrics import METRICS_FILE, RUN_FILE
 from ernie45.training.state import checkpoint_paths
 
-C = TypeVar("C")
+T = TypeVar("T")
 
 CONFIG_FILE = "run.yaml"
 CHECKPOINTS = "checkpoints"
@@ -70,7 +70,7 @@ class RunFolder:
             (self.path / METRICS_FILE).unlink(missing_ok=True)
         atomic_write_text(self.path / CONFIG_FILE, dump_run(self._config))
         run = {
-            "started": self._first_start() or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "started": self.fact("started", str) or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": {"ernie45": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "threads": torch.get_num_threads(),
             "config": to_plain(self._config),
@@ -78,14 +78,15 @@ class RunFolder:
         }
         atomic_write_text(self.path / RUN_FILE, json.dumps(run, indent=1, ensure_ascii=False))
 
-    def _first_start(self) -> str | None:
+    def fact(self, name: str, kind: type[T]) -> T | None:
+        """What was written down when the run began; None for a new run, and where nothing of that kind can be read."""
         if self.newest is None:
             return None
         try:
-            started = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))["started"]
+            value = json.loads((self.path / RUN_FILE).read_text(encoding="utf-8"))[name]
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return started if isinstance(started, str) else None
+        return value if isinstance(value, kind) else None
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -33,6 +33,9 @@ FORMAT_VERSION = 1
 STATE_FILE = "state.json"
 MODEL_FOLDER, ADAPTER_FOLDER = "model", "adapter"
 """What of a checkpoint can be served: it has one of the two."""
+AVERAGE = "ema"
+AVERAGE_FILE = f"{AVERAGE}.safetensors"
+"""The average of the weights, where a run keeps one."""
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 

@@ -152,8 +152,8 @@ def test_a_copy_that_computes_something_else_is_not_kept(
     names = sorted(path.name for path in tmp_path.iterdir())
     right: Any = exporting._merged
 
-    def wrong(base: Any, adapter: Any) -> Any:
-        source = right(base, adapter)
+    def wrong(*parts: Any) -> Any:
+        source = right(*parts)
         for lora in source._adapter.values():
             lora.lora_B.data *= 2
         return source
@@ -196,6 +196,12 @@ def test_comparing_looks_at_everything(small_model: Callable[..., Any]) -> None:
         (["tiny", "out", "--to", "pt", "--merge", "--adapter", "gone"], 4, "gone is no adapter"),
         (["lost", "out", "--to", "pt", "--merge"], 4, "does not say which model"),
         (["empty", "out", "--to", "pt"], 4, "holds no checkpoint"),
+        (
+            ["tiny", "out", "--to", "pt", "--average"],
+            2,
+            "tiny keeps no average of what it trained: leave --average out",
+        ),
+        (["step", "out", "--to", "pt", "--merge", "--average"], 2, "train with a section ema in the run file"),
         (["tiny", "taken", "--to", "pt"], 1, "replace it with --force"),
     ],
 )

@@ -144,3 +144,17 @@ def test_tables_facts_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "A          B\nlong cell  x\ny\none  1\n     2\n"
     print_json([Data("é", Path("/x"))])
     assert json.loads(capsys.readouterr().out) == [{"name": "é", "path": "/x"}]
+
+
+def test_rows_are_no_bytes(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Stderr(terminal=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ProgressBar() as bar:
+        report = bar.stage("counting", "rows")
+        for done in (1, 1500, 3000):
+            clock.now += 10
+            report(done, 3000)
+    assert (
+        stream.getvalue().splitlines()[1]
+        == "counting [############............]  50%  1.5 k rows of 3 k rows, 150 rows/s, 10 s left"
+    )

@@ -20,7 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 def folder(tmp_path: Path, small_model: Any) -> Path:
     """A checkpoint with a byte-level tokenizer."""
     tokenizers = pytest.importorskip("tokenizers")
-    specials = ["<unk>", "<s>", "</s>"]  # the end token where the configuration has it
+    specials = ["<unk>", "<s>", "<|end_of_sentence|>"]  # the end token where the configuration has it
     vocab = {c: i for i, c in enumerate([*specials, *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())])}
     built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
     built.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,7 +28,7 @@ def folder(tmp_path: Path, small_model: Any) -> Path:
     built.add_special_tokens(specials)
     (tmp_path / "tokenizer").mkdir()
     built.save(str(tmp_path / "tokenizer" / "tokenizer.json"))
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"eos_token": specials[2]}))
     tokenizer = ernie45.load_tokenizer(tmp_path / "tokenizer")
     ernie45.save_model(small_model(moe=True, vocab_size=259), tmp_path / "model", tokenizer=tokenizer)
     return tmp_path / "model"
@@ -67,6 +67,36 @@ def test_convert(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_drafts(capsys: pytest.CaptureFixture[str]) -> None:
     _main("drafts.py")()
     assert "by the block's guess" in capsys.readouterr().out
+
+
+def test_train_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _main("train_tiny.py")(str(tmp_path / "tiny"))
+    printed = capsys.readouterr().out
+    first, last = map(float, re.findall(r"loss ([\d.]+) at first, ([\d.]+) at last", printed)[0])
+    assert first > 5
+    assert last < 0.1
+    for question, answer in (("What is the capital of France?", "Paris."), ("Which planet is red?", "Mars.")):
+        assert f"{question} {answer}\n" in printed
+
+
+def test_tune_with_lora(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _main("tune_with_lora.py")(str(folder), str(tmp_path / "tuned"))
+    printed = capsys.readouterr()
+    before, after = re.findall(r"(?:before|after): (.*)", printed.out)
+    assert before != after
+    losses = [float(loss) for loss in re.findall(r"step \d+/\d+  loss ([\d.]+)", printed.err)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_reward(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as it is where the example is run
+    _main("reward.py")(str(folder), str(tmp_path / "rewarded"))
+    worth = [float(found) for found in re.findall(r"worth ([\d.]+)", capsys.readouterr().out)]
+    assert len(worth) == 4
+    assert any(worth)
+    assert all(0 <= value <= 1 for value in worth)
 
 
 def test_responses(served: Served, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,13 +103,37 @@ def test_a_preference_file(tmp_path: Path) -> None:
     got = convert(
         tmp_path,
         "stage: DPO\nfine_tuning: Full\nmodel_name_or_path: m\ntrain_dataset_path: a.jsonl\nmax_steps: 800\nbeta: 0.2\n"
-        "loss_type: dpop\nmax_prompt_len: 2048\nmoe_aux_loss_lambda: 1e-5\n",
+        "loss_type: dpop\nmax_prompt_len: 2048\nmoe_aux_loss_lambda: 1e-5\nref_model_update_steps: 50\n",
     )
     assert got.config.method == "dpo"
     assert got.config.lora is None
     assert (got.config.preference.beta, got.config.preference.loss_type) == (0.2, "dpop")
     assert got.config.data.max_prompt_len == 2048
+    assert got.config.reference.refresh_steps == 50
     assert "router was left out: dpo does not read it" in told(got, "loss")
+
+
+@pytest.mark.parametrize(
+    ("stated", "steps", "epochs"),
+    [("", None, 1), ("num_train_epochs: 3\n", None, 3), ("max_steps: -1\n", None, 1), ("max_steps: 7\n", 7, None)],
+)
+def test_the_length_of_a_run_is_as_there(tmp_path: Path, stated: str, steps: int | None, epochs: float | None) -> None:
+    config = convert(tmp_path, f"model_name_or_path: m\ntrain_dataset_path: a.jsonl\n{stated}").config
+    assert (config.train.steps, config.train.epochs) == (steps, epochs)
+
+
+def test_steps_win_over_epochs_as_there(tmp_path: Path) -> None:
+    got = convert(tmp_path, "model_name_or_path: m\ntrain_dataset_path: a.jsonl\nmax_steps: 7\nnum_train_epochs: 2\n")
+    assert (got.config.train.steps, got.config.train.epochs) == (7, None)
+    assert "max_steps says how long the run is" in told(got, "num_train_epochs")
+
+
+@pytest.mark.parametrize("stage", ["DPO", "SFT", "KTO"])
+def test_a_reference_that_is_never_refreshed(tmp_path: Path, stage: str) -> None:
+    text = "model_name_or_path: m\ntrain_dataset_path: a.jsonl\nref_model_update_steps: -1\nbeta: 0.3\n"
+    got = convert(tmp_path, f"{text}stage: {stage}\n")
+    assert got.config.reference.refresh_steps == 0
+    assert any(line.startswith("reference:") for line in got.report) == (stage == "SFT")
 
 
 def test_what_the_file_leaves_out_is_as_there(tmp_path: Path) -> None:
@@ -129,7 +153,6 @@ def test_what_the_file_leaves_out_is_as_there(tmp_path: Path) -> None:
         ("train_dataset_path: a,b,c\ntrain_dataset_prob: '0.5,0.5'\n", "3 paths in train_dataset_path, but 2 shares"),
         ("- a\n", "expected fields with values"),
         ("a: b: c\n", "no valid YAML or JSON"),
-        ("train_dataset_path: a.jsonl\nmodel_name_or_path: m\n", "train is missing"),
     ],
 )
 def test_mistakes(tmp_path: Path, text: str, message: str) -> None:

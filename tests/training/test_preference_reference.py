@@ -10,16 +10,11 @@ import torch
 
 from ernie45.errors import CheckpointError, ConfigError, NotFoundError
 from ernie45.training.branches import AnswerIds, BranchBatch, Branches, branch_logprobs
-from ernie45.training.lora.adapter import adapter_off, add_lora
+from ernie45.training.lora.adapter import adapter_off, add_lora, lora_parameters
 from ernie45.training.lora.config import LoraConfig
 from ernie45.training.network import TrainingNetwork
-from ernie45.training.reference_policy import (
-    AdapterOff,
-    CachedReference,
-    FrozenCopy,
-    weights_hash,
-    write_reference_cache,
-)
+from ernie45.training.reference_cache import CachedReference, weights_hash, write_reference_cache
+from ernie45.training.reference_policy import AdapterOff, FrozenCopy
 
 
 def item(seed: int, prompt: int, *sizes: int) -> Branches:
@@ -105,7 +100,11 @@ def test_sums_from_a_file(small_model: Any, tmp_path: Path, monkeypatch: pytest.
         return sums(batch)
 
     monkeypatch.setattr(live, "sums", counted)
-    write_reference_cache(path, live, ITEMS, model_hash=name, max_tokens=16)
+    told: list[tuple[int, int]] = []
+    write_reference_cache(
+        path, live, ITEMS, model_hash=name, max_tokens=16, report=lambda done, of: told.append((done, of))
+    )
+    assert told == [(2, 3), (3, 3)]
     assert passes == [2, 1], "9 and 7 tokens, then 7 that have no room beside them"
     cached = CachedReference(path, model_hash=name)
     assert len(cached) == 3, "equal rows are computed once"
@@ -113,8 +112,11 @@ def test_sums_from_a_file(small_model: Any, tmp_path: Path, monkeypatch: pytest.
     for items in (ITEMS, ITEMS[1:3], ITEMS[::-1]):
         batch = BranchBatch.of_items(items)
         torch.testing.assert_close(cached.sums(batch), live.sums(batch), atol=1e-5, rtol=1e-5)
+    cached.check(ITEMS)
     with pytest.raises(CheckpointError, match="no log-probabilities of rows.jsonl:9"):
         cached.sums(BranchBatch.of_items([item(9, 2, 2)]))
+    with pytest.raises(CheckpointError, match="no log-probabilities of rows.jsonl:9"):
+        cached.check([*ITEMS, item(9, 2, 2)])
 
 
 def test_a_file_of_other_weights_is_refused(small_model: Any, tmp_path: Path) -> None:
@@ -129,3 +131,11 @@ def test_a_file_of_other_weights_is_refused(small_model: Any, tmp_path: Path) ->
         CachedReference(tmp_path / "gone", model_hash=name)
     with pytest.raises(ConfigError, match="no rows"):
         write_reference_cache(path, FrozenCopy.of(TrainingNetwork(model)), [], model_hash=name)
+
+
+def test_an_adapter_does_not_change_whose_weights_they_are(small_model: Any) -> None:
+    model = small_model(moe=True)
+    plain = weights_hash(model)
+    add_lora(model, LoraConfig(rank=4), seed=0)
+    assert weights_hash(model) != plain
+    assert weights_hash(model, without=lora_parameters(model).keys()) == plain

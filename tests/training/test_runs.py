@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -173,6 +174,26 @@ def test_adapters_train_and_go_on(run_file: RunFile, tmp_path: Path, method: str
     assert not (folders[0] / "model").exists()
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_average_of_a_run_is_exported(run_file: RunFile, tmp_path: Path, lora: bool) -> None:
+    assert train(run_file("base.yaml", ema={"decay": 0.9}), "--run", tmp_path / "run") == 0
+    if lora:
+        model = {"start": str(tmp_path / "run"), "network": None, "tokenizer": None}
+        path = run_file(method="sft", model=model, lora={"rank": 4}, ema={"decay": 0.9})
+        assert train(path, "--run", tmp_path / "run2") == 0
+    run, merge = (tmp_path / "run2", ["--merge"]) if lora else (tmp_path / "run", [])
+    (newest,) = checkpoint_paths(run / "checkpoints")
+    averages = read_checkpoint(newest).tensors["ema"]
+    assert main(["export", str(run), str(tmp_path / "out"), "--average", "--to", "pt", *merge]) == 0
+    assert main(["export", str(run), str(tmp_path / "last"), "--to", "pt", *merge]) == 0
+    copy, last = (load_model(tmp_path / name).state_dict() for name in ("out", "last"))
+    if not lora:
+        assert all(torch.equal(copy[name], average) for name, average in averages.items())
+    changed = {name for name in copy if not torch.equal(copy[name], last[name])}
+    trained = {re.sub(r"_lora\.\w+$", "_proj", re.sub(r"\.lora\.\w+$", ".weight", name)) for name in averages}
+    assert changed == trained, "all of it, and nothing else"
+
+
 def test_an_adapter_says_from_anywhere_what_it_belongs_to(
     run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +295,7 @@ def test_accumulation_makes_the_step_of_larger_passes(run_file: RunFile, tmp_pat
         (["pairs={train: [{path: a.jsonl}]}"], 1, "pairs is set but the method is pretrain"),
         (["optimizer.lora_plus_scale=4"], 1, "it belongs into the section lora"),
         (["fp8={}", "lora={}"], 1, "fp8 is for weights that learn by pretrain or sft"),
-        (["reference_refresh_steps=3"], 1, "reference_refresh_steps is set but the method is pretrain"),
+        (["reference.refresh_steps=3"], 1, "reference is set but the method is pretrain"),
         (["train.eval_every=1"], 1, "there are no valid rows"),
         (["data.train=[{path: none.jsonl}]"], 4, "none.jsonl"),
     ],
