@@ -204,6 +204,7 @@ def _measure(case: Case, folder: str, options: argparse.Namespace) -> list[dict[
             fresh = common.run_fresh(
                 f"{_WORKER}:measure_{case.name}",
                 threads=options.threads,
+                sleeps=False,
                 package=package,
                 experts=experts,
                 folder=folder,
@@ -222,7 +223,8 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f" too; float32; {network['text']}",
         *(line for case in report["cases"] for line in _case_facts(case)),
         f"median (lowest-highest) of {settings['repeats']} fresh processes per package, in turns; in each {settings['steps']}"
-        f" steps or rollouts together, after one that does not count; {settings['threads']} threads",
+        f" steps or rollouts together, after one that does not count; {settings['threads']} threads,"
+        f" OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}",
         "peak memory: highest resident memory (VmHWM) above what the process held after imports and a tiny run; huge pages"
         " for all (THP_MEM_ALLOC_ENABLE)",
         *common.origin_lines(report),

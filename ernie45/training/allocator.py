@@ -15,12 +15,15 @@ _M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 _THRESHOLD_BYTES = 4 << 20
 
 
+def use_huge_pages() -> None:
+    """Let large tensors lie in huge pages where the system has them: fewer page faults. torch reads it with its first tensor."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
 def return_freed_memory() -> bool:
     """Let large tensors go back to the system when they are freed; for the whole process, so programs call it, not libraries.
 
-    Huge pages are asked for through the environment, which torch reads with its first tensor: call it before that. Returns:
-    whether the C library took the setting; others than glibc have none.
+    Returns: whether the C library took the setting; others than glibc have none.
     """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return bool(mallopt is not None and mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES))

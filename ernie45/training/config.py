@@ -109,6 +109,8 @@ class RunConfig:
     ema: EmaConfig | None = None
     """Keep an average of the weights beside them."""
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    returns_memory: bool = False
+    """Give freed memory back to the system at once (Linux with glibc): less of it is held, and a step takes longer."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ T = TypeVar("T")
 CONFIG_FILE = "run.yaml"
 CHECKPOINTS = "checkpoints"
 # What may differ when a run goes on: none of it changes what a step computes.
-_FREE = ("train.log_every", "train.eval_every", "train.eval_rows", "checkpoint")
+_FREE = ("train.log_every", "train.eval_every", "train.eval_rows", "returns_memory", "checkpoint")
 
 
 class RunFolder:

@@ -126,7 +126,7 @@ def test_a_small_run_does_the_same_with_all_packages(
 
     monkeypatch.setattr(LlmGenerator, "sync", note_sync)
 
-    def here(function: str, *, threads: int, **arguments: Any) -> common.Fresh:
+    def here(function: str, *, threads: int, sleeps: bool = True, **arguments: Any) -> common.Fresh:
         result = getattr(align_worker, function.rpartition(":")[2])(**arguments)
         return common.Fresh(result=json.loads(json.dumps(result)), other_cores=0.0)
 

@@ -20,6 +20,7 @@ import torch
 
 import ernie45
 from ernie45.checkpoint.load import load_model
+from ernie45.cli import train as train_verb
 from ernie45.cli.main import main
 from ernie45.training.state import checkpoint_paths, read_checkpoint
 
@@ -207,6 +208,21 @@ def test_an_adapter_says_from_anywhere_what_it_belongs_to(
     assert main(["export", "../tuned", "out", "--merge", "--to", "pt"]) == 0
     (adapter,) = checkpoint_paths(tmp_path / "tuned" / "checkpoints")
     assert (adapter / "adapter/tokenizer.json").read_bytes() == Path("out/tokenizer.json").read_bytes()
+
+
+def test_freed_memory_goes_back_if_asked(
+    run_file: RunFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The allocator itself has a test of its own; here it must be asked, once, and only where the run says so."""
+    asked: list[bool] = []
+    monkeypatch.setattr(train_verb, "return_freed_memory", lambda: asked.append(True) or len(asked) > 1)
+    assert train(run_file(train={"steps": 3}), "--run", tmp_path / "a") == 0
+    assert not asked
+    path = run_file(train={"steps": 3}, returns_memory=True)
+    for name, has_note in (("b", True), ("c", False)):
+        assert train(path, "--run", tmp_path / name) == 0
+        assert ("returns_memory has no effect" in capsys.readouterr().err) == has_note
+    assert len(asked) == 2
 
 
 def test_a_run_that_is_killed_again_and_again_ends_the_same(run_file: RunFile, tmp_path: Path) -> None:
