@@ -182,7 +182,7 @@ def _check_outputs(options: argparse.Namespace) -> None:
 
 def _prepare(name: str, plan: Plan, options: argparse.Namespace) -> Prepared:
     _note(f"preparing {name}")
-    sizes = {"num_prompts": BATCH, "prompt_tokens": plan.prompt_tokens}
+    sizes: dict[str, Any] = {"num_prompts": BATCH, "prompt_tokens": plan.prompt_tokens}
     weights: Literal["real", "seeded random"]
     if name == DEFAULT_MODEL:
         folder, weights = resolve(name), "real"
@@ -229,7 +229,7 @@ def _measure(
 
 def _bandwidth(plan: Plan, threads: int) -> dict[str, Any]:
     _note("memory bandwidth")
-    arguments = {"size_bytes": plan.bandwidth_bytes, "repeats": plan.bandwidth_repeats}
+    arguments: dict[str, Any] = {"size_bytes": plan.bandwidth_bytes, "repeats": plan.bandwidth_repeats}
     fresh = common.run_fresh("benchmarks.common:measure_bandwidth", threads=threads, **arguments)
     return {**fresh.result, "other_cores": fresh.other_cores}
 

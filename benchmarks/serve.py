@@ -386,7 +386,7 @@ def _gguf(network: Network, tools: Path, options: argparse.Namespace) -> Path:
     _note(f"exporting {file.name}")
     plain, partial = file.with_name(f"plain-{os.getpid()}.gguf"), file.with_name(f"partial-{os.getpid()}.gguf")
     try:
-        arguments = {"source": str(network.folder), "file": str(plain)}
+        arguments: dict[str, Any] = {"source": str(network.folder), "file": str(plain)}
         common.run_fresh(f"{_WORKER}:export_gguf", threads=options.threads, **arguments)
         command = [str(program), str(plain), str(partial), options.gguf_type, str(options.threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

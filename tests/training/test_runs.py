@@ -215,7 +215,12 @@ def test_freed_memory_goes_back_if_asked(
 ) -> None:
     """The allocator itself has a test of its own; here it must be asked, once, and only where the run says so."""
     asked: list[bool] = []
-    monkeypatch.setattr(train_verb, "return_freed_memory", lambda: asked.append(True) or len(asked) > 1)
+
+    def setting() -> bool:
+        asked.append(True)
+        return len(asked) > 1
+
+    monkeypatch.setattr(train_verb, "return_freed_memory", setting)
     assert train(run_file(train={"steps": 3}), "--run", tmp_path / "a") == 0
     assert not asked
     path = run_file(train={"steps": 3}, returns_memory=True)
