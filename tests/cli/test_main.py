@@ -126,15 +126,27 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_waiting_threads_are_told_to_sleep_unless_the_user_decided() -> None:
-    program = "import os; from ernie45.cli.main import main; main(['--version']); print(os.environ['OMP_WAIT_POLICY'])"
-    for stated, expected in ((None, "passive"), ("active", "active")):
-        environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-        environment |= {} if stated is None else {"OMP_WAIT_POLICY": stated}
-        output = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, check=True
-        ).stdout
-        assert output.decode().splitlines()[-1] == expected
+@pytest.mark.parametrize(
+    ("verb", "stated", "expected"),
+    [
+        ("doctor", None, "passive"),
+        ("doctor", "active", "active"),
+        ("train", None, "unset"),
+        ("train", "passive", "passive"),
+    ],
+)
+def test_waiting_threads_are_told_to_sleep_unless_they_train_or_the_user_decided(
+    verb: str, stated: str | None, expected: str
+) -> None:
+    program = (
+        "import contextlib, os; from ernie45.cli.main import main\n"
+        f"with contextlib.suppress(SystemExit): main([{verb!r}, '--help'])\n"
+        "print(os.environ.get('OMP_WAIT_POLICY', 'unset'))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {} if stated is None else {"OMP_WAIT_POLICY": stated}
+    output = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True).stdout
+    assert output.decode().splitlines()[-1] == expected
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly() -> None:
