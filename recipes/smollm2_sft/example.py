@@ -1,69 +1,54 @@
-"""One question with its accepted answers; which of them are held out; repeatable samples."""
+"""A question with its answers; which questions are held out."""
 
 from __future__ import annotations
 
 import hashlib
-import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-HELD_OUT_SHARE = 0.05
+HELD_OUT_SHARE = 0.1
 
 
 class UnusableError(Exception):
-    """A record that is no example to learn from; the text is the reason, one of a few."""
+    """A record that is no question with an answer; the text is the reason, one of a few."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """A question and what it may be answered with."""
+    """A question and what it was answered with."""
 
-    task: str
+    topic: str
     question: str
-    accepted: tuple[str, ...]
-    """The first is the one to learn."""
+    answer: str
 
     @property
     def key(self) -> str:
-        """Equal for equal questions, whatever their spaces and capitals."""
-        return hashlib.sha256(" ".join(self.question.lower().split()).encode()).hexdigest()
+        """Equal for equal questions, whatever their spaces, capitals and last mark."""
+        return hashlib.sha256(" ".join(self.question.lower().split()).rstrip("?!. ").encode()).hexdigest()
 
     @property
     def held_out(self) -> bool:
         """Whether it is kept from training. The question decides, so that a copy of a held-out one is held out, too."""
         return int(self.key[:8], 16) < HELD_OUT_SHARE * 2**32
 
-    @property
-    def ticket(self) -> str:
-        """What it draws in the lottery of `sample`; says nothing about `held_out`."""
-        return self.key[8:]
-
     def as_row(self) -> Mapping[str, Any]:
         """One row of a file."""
-        turns = (("user", self.question), ("assistant", self.accepted[0]))
-        messages = [{"role": role, "content": text} for role, text in turns]
-        return {"messages": messages, "accepted": list(self.accepted), "task": self.task}
+        turns = (("user", self.question), ("assistant", self.answer))
+        return {"messages": [{"role": role, "content": text} for role, text in turns], "topic": self.topic}
 
 
-def read_example(task: str, record: Mapping[str, Any], max_chars: int) -> Example:
-    """Read `{"input": text, "target": text or list of texts}`. Raises: UnusableError."""
-    question, target = record.get("input"), record.get("target")
-    answers = [target] if isinstance(target, str) else target
-    if not isinstance(question, str) or not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
-        raise UnusableError("no question with answers")
-    accepted = tuple(dict.fromkeys(answer.strip() for answer in answers if answer.strip()))
-    if not question.strip() or not accepted:
+def read_example(topic: str, conversation: Any, max_chars: int) -> Example:
+    """Read a conversation of two texts. Longer ones are left out: in some of them what follows is another answer to the question, and
+    nothing tells which. Raises: UnusableError.
+    """
+    if not isinstance(conversation, list) or not all(isinstance(text, str) for text in conversation):
+        raise UnusableError("not a list of texts")
+    if len(conversation) != 2:
+        raise UnusableError("not one question and one answer")
+    question, answer = (text.strip() for text in conversation)
+    if not question or not answer:
         raise UnusableError("empty")
-    if len(question) + len(accepted[0]) > max_chars:
+    if len(question) + len(answer) > max_chars:
         raise UnusableError(f"longer than {max_chars} characters")
-    return Example(task=task, question=question.strip(), accepted=accepted)
-
-
-def sample(examples: Iterable[Example], per_task: int) -> list[Example]:
-    """At most `per_task` of each task, mixed; which ones and in which order does not depend on how they come."""
-    by_task: dict[str, list[Example]] = {}
-    for example in examples:
-        by_task.setdefault(example.task, []).append(example)
-    chosen = [e for found in by_task.values() for e in heapq.nsmallest(per_task, found, key=lambda e: e.ticket)]
-    return sorted(chosen, key=lambda e: e.ticket)
+    return Example(topic=topic, question=question, answer=answer)

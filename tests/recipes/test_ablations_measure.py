@@ -50,6 +50,7 @@ def batches(documents: list[Document]) -> list[Batch]:
     return [Batch.of_rows([documents[:2], documents[2:3]], num_mtp=1), Batch.of_rows([documents[3:]], num_mtp=1)]
 
 
+@torch.no_grad()
 def test_the_loss_is_the_mean_over_learnt_tokens_of_all_batches(small_model: Build, documents: list[Document]) -> None:
     plain, network = small_model(moe=True), TrainingNetwork(small_model(moe=True))
     losses = []
@@ -59,6 +60,7 @@ def test_the_loss_is_the_mean_over_learnt_tokens_of_all_batches(small_model: Bui
     assert mean_loss(network, batches(documents)) == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
 
 
+@torch.no_grad()
 def test_the_block_is_asked_what_the_head_says_a_step_later(small_model: Build, documents: list[Document]) -> None:
     plain, model = (small_model(moe=True, mtp=1, use_bias=True) for _ in range(2))
     for each in (plain, model):

@@ -57,7 +57,7 @@ def test_what_is_documented_is_found_once(library: Path) -> None:
     assert found == {
         "boxes": ("module boxes", "Boxes and\nwhat is in them."),
         "boxes.Box": ("class boxes.Box", "A box."),
-        "boxes.Box.open": ("boxes.Box.open(self, hard: bool=False, *args, key=None)", "Open it.\n\n    Twice if need be."),
+        "boxes.Box.open": ("boxes.Box.open(self, hard: bool=False, *args, key=None)", "Open it.\n\nTwice if need be."),
         "boxes.Box.open.latch": ("boxes.Box.open.latch()", "Inside of a function."),
         "boxes.Box.odd": ("boxes.Box.odd(self)", "A lone ? surrogate."),
     }
