@@ -54,6 +54,8 @@ def run_folder(out: Path, arm: str, seed: int) -> Path:
 
 def config_of(arm: Arm, seed: int, out: Path, settings: Sequence[str] = ()) -> RunConfig:
     """The run of an arm. Args: settings: further `section.key=value`, for every arm alike. Raises: ConfigError."""
-    begin = () if arm.starts_from is None else (f"model.start={json.dumps(str(run_folder(out, arm.starts_from, seed)))}",)
+    begin = (
+        () if arm.starts_from is None else (f"model.start={json.dumps(str(run_folder(out, arm.starts_from, seed)))}",)
+    )
     seeds = (f"train.seed={seed}", f"data.seed={seed}")
     return read_run_file(FOLDER / arm.base, RunConfig, [*begin, *seeds, *settings, *arm.settings])

@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run, measure, print; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("settings", nargs="*", metavar="SECTION.KEY=VALUE", help="set for every arm")
-    parser.add_argument("-o", "--output", type=Path, default=Path("runs/ablations"), metavar="DIR", help="folder of the runs")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("runs/ablations"), metavar="DIR", help="folder of the runs"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each arm (default 3)")
     options = parser.parse_args(argv)
     if options.seeds < 1:

@@ -57,7 +57,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--library", type=Path, default=Path(sysconfig.get_path("stdlib")), metavar="DIR", help="Python files (default: its own)"
+        "--library",
+        type=Path,
+        default=Path(sysconfig.get_path("stdlib")),
+        metavar="DIR",
+        help="Python files (default: its own)",
     )
     options = parser.parse_args(argv)
     found = collect(options.library)
@@ -83,7 +87,9 @@ def collect(library: Path) -> list[Entry]:
 def files(entries: Iterable[Entry]) -> dict[str, list[Mapping[str, Any]]]:
     """Rows by name of their file."""
     parts = {True: [e for e in entries if e.held_out], False: [e for e in entries if not e.held_out]}
-    mixed = {part: [e for e in found if MIN_MIXED_CHARS <= len(e.text) <= MAX_MIXED_CHARS] for part, found in parts.items()}
+    mixed = {
+        part: [e for e in found if MIN_MIXED_CHARS <= len(e.text) <= MAX_MIXED_CHARS] for part, found in parts.items()
+    }
     return {
         "texts.train.jsonl": [_text_row(entry) for entry in parts[False]],
         "texts.heldout.jsonl": [_text_row(entry) for entry in parts[True]],

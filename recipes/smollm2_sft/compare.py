@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--show", type=int, default=3, metavar="N", help="answers that are printed (default 3)")
     options = parser.parse_args(argv)
     if not 0 <= options.show <= options.answers or options.answers < 1:
-        parser.error(f"--answers {options.answers}, --show {options.show}: expected 1 or more, and no more to show than answers")
+        parser.error(
+            f"--answers {options.answers}, --show {options.show}: expected 1 or more, and no more to show than answers"
+        )
     rows = [json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines()][: options.answers]
     if not rows:
         raise ConfigError(f"{options.rows} has no rows: fetch them with recipes.smollm2_sft.fetch")
@@ -80,7 +82,9 @@ def table(rows: Sequence[Row], judged: Sequence[Judged]) -> str:
 def shown(row: Row, at: int, judged: Sequence[Judged]) -> str:
     """A question, its expected answer, and those of the models."""
     question, answer = (row["messages"][idx]["content"] for idx in (0, -1))
-    return "\n".join(["", question, f"  expected: {answer!r}", *(f"  {each.model}: {each.answers[at]!r}" for each in judged)])
+    return "\n".join(
+        ["", question, f"  expected: {answer!r}", *(f"  {each.model}: {each.answers[at]!r}" for each in judged)]
+    )
 
 
 def _words(texts: Sequence[str]) -> float:

@@ -51,7 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def download(package: str, folder: Path) -> Path:
     """Download a wheel with pip, without its dependencies. Raises: TransferError."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), package]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+        package,
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     files = list(folder.glob("*.whl"))
     if done.returncode or len(files) != 1:

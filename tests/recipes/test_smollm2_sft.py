@@ -77,7 +77,9 @@ def test_a_package_gives_examples_and_says_what_is_left_out(wheel: Path) -> None
 def test_files_of_something_else_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "empty.whl", "w") as archive:
         archive.writestr("other.yml", "conversations: [[a, b]]")
-    with pytest.raises(NotFoundError, match="holds no conversations in chatterbot_corpus/data/english: is it chatterbot-corpus=="):
+    with pytest.raises(
+        NotFoundError, match="holds no conversations in chatterbot_corpus/data/english: is it chatterbot-corpus=="
+    ):
         fetch.collect(tmp_path / "empty.whl")
     (tmp_path / "text").write_text("no package")
     for name in ("text", "nowhere"):
@@ -105,7 +107,9 @@ def test_what_pip_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pip.write_text("#!/bin/sh\necho no such package >&2\nexit 1\n")
     pip.chmod(0o755)
     (tmp_path / "out").mkdir()
-    with pytest.raises(TransferError, match=r"pip download some==1 failed with status 1: no such package; .*--package-file"):
+    with pytest.raises(
+        TransferError, match=r"pip download some==1 failed with status 1: no such package; .*--package-file"
+    ):
         fetch.download("some==1", tmp_path / "out")
     # What pip is called with: the folder stands behind --dest.
     pip.write_text('#!/bin/sh\nwhile [ "$1" != --dest ]; do shift; done\n: > "$2/some-1.whl"\n')
@@ -143,7 +147,10 @@ def test_the_run_file_loads() -> None:
     assert config.lora is not None
     assert 8 <= config.lora.rank <= 16
     assert config.train.eval_every > 0
-    assert [Path(source.path).name for source in (*config.data.train, *config.data.valid)] == [fetch.TRAIN, fetch.HELD_OUT]
+    assert [Path(source.path).name for source in (*config.data.train, *config.data.valid)] == [
+        fetch.TRAIN,
+        fetch.HELD_OUT,
+    ]
 
 
 @pytest.fixture
@@ -155,7 +162,10 @@ def model_folder(tmp_path: Path, small_model: Callable[..., CausalLM], train_byt
 
 
 def test_models_are_compared(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [Example(topic="t", question=f"Add one to {number}.", answer=f"{number + 1} and more").as_row() for number in range(5)]
+    rows = [
+        Example(topic="t", question=f"Add one to {number}.", answer=f"{number + 1} and more").as_row()
+        for number in range(5)
+    ]
     path = tmp_path / "heldout.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     compare.main([str(path), str(model_folder), str(model_folder), "--answers", "4", "--show", "1"])
