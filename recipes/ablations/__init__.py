@@ -1,0 +1,1 @@
+"""What single options of training change: small runs that differ in one option each."""

@@ -1,0 +1,1 @@
+"""An adapter of the default model that learns to follow task descriptions."""
