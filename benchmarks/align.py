@@ -119,7 +119,8 @@ def rows_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     ours, *peers = rows
     peer = max(peers, key=lambda row: row["tokens_per_s"].median)
     ratio = ours["tokens_per_s"].median / peer["tokens_per_s"].median
-    memory = ours["peak_bytes"].median / peer["peak_bytes"].median
+    # At least a byte: a tiny network may need no more than the imports did.
+    memory = ours["peak_bytes"].median / max(peer["peak_bytes"].median, 1.0)
     ours |= {"times_tokens_per_s": ratio, "times_memory": memory, "goal_met": ratio >= case.goal}
     return [
         {name: vars(value) if isinstance(value, common.Spread) else value for name, value in row.items()}

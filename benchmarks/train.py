@@ -151,7 +151,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
                 f"{speed.median * row['flops_per_token'] / report['peak_flops']:.1%}",
                 common.spread_text(megabytes),
                 f"{speed.median / peer['tokens_per_s']['median']:.2f}",
-                f"{memory.median / peer['peak_bytes']['median']:.2f}",
+                # At least a byte: a tiny network may need no more than the imports did.
+                f"{memory.median / max(peer['peak_bytes']['median'], 1.0):.2f}",
             ]
         )
     table = common.markdown_table(header, lines, num_words=2)

@@ -63,7 +63,7 @@ params = st.builds(
     SamplingParams,
     max_tokens=st.none() | st.integers(1, 10**6),
     temperature=st.floats(0, 10),
-    seed=st.none() | st.integers(0, 2**63 - 1),
+    seed=st.none() | st.integers(0, 2**63 - 5),  # up to four choices take seeds of their own behind it
     stop=st.lists(st.text(min_size=1, max_size=5), max_size=2).map(tuple),
     n=st.integers(1, 4),
 )
