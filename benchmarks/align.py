@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -23,13 +22,11 @@ from typing import Any
 # Run as a script, Python looks for modules beside this file only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common
-from ernie45.errors import Ernie45Error, NotFoundError, UsageError
+from benchmarks import common, side_by_side
+from benchmarks.side_by_side import OURS, contenders, runs_of
+from ernie45.errors import NotFoundError
 
-OURS = "ernie45"
 _WORKER = "benchmarks.align_worker"
-_PEER_EXPERTS = ("grouped_mm", "eager")
-"""What transformers offers on a CPU; the faster counts."""
 _LOSS_LIMIT = 0.01
 """Losses of one step that are further apart than this come from two different trainings."""
 
@@ -64,17 +61,9 @@ def cases(*, tiny: bool) -> tuple[Case, ...]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; errors become one line on stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        options = _parser().parse_args(arguments)
-        report = run(options, shlex.join(["python", "benchmarks/align.py", *arguments]))
-    except Ernie45Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(to_markdown(report))
-    if options.json is not None:
-        common.write_json(options.json, report)
-    return 0
+    about = (__doc__ or "").split("\n", 1)[0]
+    parser = side_by_side.new_parser("align.py", about, steps="steps or rollouts")
+    return side_by_side.run_program(parser, argv, run, to_markdown)
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -86,7 +75,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         fresh = common.run_fresh(f"{_WORKER}:prepare", threads=options.threads, folder=folder, tiny=options.quick)
         for case in chosen:
-            runs += _measure(case, folder, options)
+            function = f"{_WORKER}:measure_{case.name}"
+            runs += side_by_side.in_turns(case.name, case.peer, options, function, folder=folder, **case.sizes)
     noises = [each["other_cores"] for each in runs]
     return {
         "benchmark": "align",
@@ -108,8 +98,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
 def rows_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Both packages' lines of a case, the peer with its faster experts; a process counts as a whole: its steps differ in size."""
     rows: list[dict[str, Any]] = []
-    for package, experts in _contenders(case):
-        found = _of(runs, case, package, experts)
+    for package, experts in contenders(case.peer):
+        found = runs_of(runs, case.name, package, experts)
         spreads = {
             "units_per_s": common.spread([sum(r["units"]) / sum(r["seconds"]) for r in found]),
             "tokens_per_s": common.spread([sum(r["tokens"]) / sum(r["seconds"]) for r in found]),
@@ -119,8 +109,7 @@ def rows_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
     ours, *peers = rows
     peer = max(peers, key=lambda row: row["tokens_per_s"].median)
     ratio = ours["tokens_per_s"].median / peer["tokens_per_s"].median
-    # At least a byte: a tiny network may need no more than the imports did.
-    memory = ours["peak_bytes"].median / max(peer["peak_bytes"].median, 1.0)
+    memory = side_by_side.times_the_peers(ours["peak_bytes"].median, peer["peak_bytes"].median)
     ours |= {"times_tokens_per_s": ratio, "times_memory": memory, "goal_met": ratio >= case.goal}
     return [
         {name: vars(value) if isinstance(value, common.Spread) else value for name, value in row.items()}
@@ -130,7 +119,7 @@ def rows_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 def losses_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     """First and last loss of both packages, and how far the losses of one step are apart at most; None where nothing is learnt."""
-    found = [r for package, experts in _contenders(case) for r in _of(runs, case, package, experts)]
+    found = [r for package, experts in contenders(case.peer) for r in runs_of(runs, case.name, package, experts)]
     ours, theirs = ([r["losses"] for r in found if (r["package"] == OURS) is own] for own in (True, False))
     if not ours[0]:
         return None
@@ -174,47 +163,11 @@ def _line(row: Mapping[str, Any], goal: float) -> list[str]:
 
 def _chosen(options: argparse.Namespace) -> list[Case]:
     """Raises: UsageError if no case has the words in its name; NotFoundError if a peer is not installed."""
-    known = cases(tiny=options.quick)
-    chosen = [case for case in known if all(word in case.name for word in options.only)]
-    if not chosen:
-        raise UsageError(
-            f"no case holds {', '.join(options.only)} in its name; they are {', '.join(case.name for case in known)}"
-        )
+    chosen = side_by_side.cases_with(options.only, cases(tiny=options.quick))
     for case in chosen:
         if importlib.util.find_spec(case.peer) is None:
             raise NotFoundError(f"{case.peer}, the peer of {case.name}, is not installed: pip install 'ernie45[bench]'")
     return chosen
-
-
-def _contenders(case: Case) -> list[tuple[str, str]]:
-    """Packages with their experts."""
-    return [(OURS, ""), *((case.peer, experts) for experts in _PEER_EXPERTS)]
-
-
-def _of(runs: Sequence[Mapping[str, Any]], case: Case, package: str, experts: str) -> list[Mapping[str, Any]]:
-    return [r for r in runs if (r["case"], r["package"], r["experts"]) == (case.name, package, experts)]
-
-
-def _measure(case: Case, folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All repeats of one case, the packages in turns; who begins changes, so that a drift of the machine hits all."""
-    runs = []
-    contenders = _contenders(case)
-    for repeat in range(options.repeats):
-        for package, experts in contenders if repeat % 2 == 0 else reversed(contenders):
-            print(f"{case.name}: {package} {experts}, repeat {repeat + 1} of {options.repeats}", file=sys.stderr)
-            fresh = common.run_fresh(
-                f"{_WORKER}:measure_{case.name}",
-                threads=options.threads,
-                sleeps=False,
-                package=package,
-                experts=experts,
-                folder=folder,
-                steps=options.steps,
-                **case.sizes,
-            )
-            named = {"case": case.name, "package": package, "experts": experts, "repeat": repeat}
-            runs.append({**named, "other_cores": fresh.other_cores, **fresh.result})
-    return runs
 
 
 def _facts(report: Mapping[str, Any]) -> list[str]:
@@ -262,17 +215,6 @@ def _case_facts(case: Mapping[str, Any]) -> list[str]:
 
 def _two(values: Sequence[float]) -> str:
     return " and ".join(f"{value:.5f}" for value in values)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="align.py", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per case and package (3)")
-    parser.add_argument("--steps", type=int, default=5, help="steps or rollouts on the clock in each (5)")
-    parser.add_argument("--threads", type=int, default=common.usable_cores(), help="threads (all cores)")
-    parser.add_argument("--only", action="append", default=[], metavar="WORD", help="cases with this in their name")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single value here as well")
-    parser.add_argument("--quick", action="store_true", help="a tiny network only: tests the program, measures nothing")
-    return parser
 
 
 if __name__ == "__main__":

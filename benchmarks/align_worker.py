@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import ernie45
 from benchmarks import align_runners
 from benchmarks.align_runners import PAD_ID, Course, Pair, Rollout
 from benchmarks.common import PeakMemory
-from benchmarks.train_worker import network_config
+from benchmarks.train_worker import write_networks
 from ernie45.config.model import ModelConfig
-from ernie45.models.build import build_model
-from ernie45.models.init import initialize
 
-_STD = 0.02
 _NUM_BATCHES = 3
 """Different batches, taken in turns: what comes again has a lower loss."""
 _SEED = 0
@@ -35,22 +30,10 @@ def prepare(*, folder: str, tiny: bool) -> dict[str, Any]:
 
     Returns: what they are.
     """
-    # The engine takes heads of 16 and more, the tiny network of the training benchmark has smaller ones.
-    small = replace(network_config(tiny=True), head_dim=16)
-    config = small if tiny else network_config(tiny=False)
-    for name, each in (("tiny", small), ("model", config)):
-        model = build_model(each)
-        initialize(model, std=_STD, seed=_SEED, correction_bias_std=0.01)
-        ernie45.save_model(model, Path(folder, name), extra_files={"tokenizer.json": _vocabulary(each.vocab_size)})
-    count, moe = ernie45.count_parameters(config), config.moe
-    assert moe is not None, "the network that is measured is a mixture of experts"
-    return {
-        "total": count.total,
-        "active": count.active,
-        "text": f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, {moe.moe_num_experts} experts of"
-        f" {moe.moe_intermediate_size}, {moe.moe_k} per token, vocabulary {config.vocab_size}",
-        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-    }
+    facts = write_networks(
+        Path(folder), tiny=tiny, files_of=lambda config: {"tokenizer.json": _vocabulary(config.vocab_size)}
+    )
+    return {**facts, "torch_cpu_capability": torch.backends.cpu.get_cpu_capability()}
 
 
 def measure_dpo(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,13 +21,11 @@ from typing import Any
 # Run as a script, Python looks for modules beside this file only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common
-from ernie45.errors import Ernie45Error, UsageError
+from benchmarks import common, side_by_side
+from benchmarks.side_by_side import OURS, contenders, runs_of
 
-OURS, PEER = "ernie45", "transformers"
+PEER = "transformers"
 _WORKER = "benchmarks.train_worker"
-_PEER_EXPERTS = ("grouped_mm", "eager")
-"""What transformers offers on a CPU; the faster counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +52,12 @@ _TINY = (Case(seq_len=16, num_rows=2),)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; errors become one line on stderr."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        options = _parser().parse_args(arguments)
-        report = run(options, shlex.join(["python", "benchmarks/train.py", *arguments]))
-    except Ernie45Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(to_markdown(report))
-    if options.json is not None:
-        common.write_json(options.json, report)
-    return 0
+    return side_by_side.run_program(_parser(), argv, run, to_markdown)
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     """Measure everything that was asked for."""
-    cases = [case for case in (_TINY if options.quick else CASES) if all(word in case.name for word in options.only)]
-    if not cases:
-        raise UsageError(
-            f"no case holds {', '.join(options.only)} in its name; they are {', '.join(c.name for c in CASES)}"
-        )
+    cases = side_by_side.cases_with(options.only, _TINY if options.quick else CASES)
     os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it with its first tensor, in every process measured
     began = {"date": common.now(), "commit": common.commit()}  # before somebody edits or commits
     peak_size = {"size": 64 if options.quick else 2048}
@@ -83,7 +66,17 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         fresh = common.run_fresh(f"{_WORKER}:prepare", threads=options.threads, folder=folder, tiny=options.quick)
         for case in cases:
-            runs += _measure(case, folder, options)
+            runs += side_by_side.in_turns(
+                case.name,
+                PEER,
+                options,
+                f"{_WORKER}:measure",
+                folder=folder,
+                seq_len=case.seq_len,
+                num_rows=case.num_rows,
+                recompute=options.recompute,
+                returns_memory=options.returns_memory,
+            )
     peaks.append(common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, sleeps=False, **peak_size))
     noises = [each["other_cores"] for each in runs] + [each.other_cores for each in peaks]
     return {
@@ -110,8 +103,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
 def rows_of(case: Case, runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Both packages' lines of a case: medians over all steps of all repeats, the peer with its faster experts."""
     speeds = {}
-    for package, experts in ((OURS, ""), *((PEER, experts) for experts in _PEER_EXPERTS)):
-        found = [r for r in runs if (r["case"], r["package"], r["experts"]) == (case.name, package, experts)]
+    for package, experts in contenders(PEER):
+        found = runs_of(runs, case.name, package, experts)
         speeds[package, experts] = {
             "case": case.name,
             "package": package,
@@ -151,37 +144,11 @@ def to_markdown(report: Mapping[str, Any]) -> str:
                 f"{speed.median * row['flops_per_token'] / report['peak_flops']:.1%}",
                 common.spread_text(megabytes),
                 f"{speed.median / peer['tokens_per_s']['median']:.2f}",
-                # At least a byte: a tiny network may need no more than the imports did.
-                f"{memory.median / max(peer['peak_bytes']['median'], 1.0):.2f}",
+                f"{side_by_side.times_the_peers(memory.median, peer['peak_bytes']['median']):.2f}",
             ]
         )
     table = common.markdown_table(header, lines, num_words=2)
     return "\n".join(["## Training", "", table, "", *(f"- {line}" for line in _facts(report))])
-
-
-def _measure(case: Case, folder: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All repeats of one case, the packages in turns; who begins changes, so that a drift of the machine hits all."""
-    runs = []
-    contenders = [(OURS, ""), *((PEER, experts) for experts in _PEER_EXPERTS)]
-    for repeat in range(options.repeats):
-        for package, experts in contenders if repeat % 2 == 0 else reversed(contenders):
-            print(f"{case.name}: {package} {experts}, repeat {repeat + 1} of {options.repeats}", file=sys.stderr)
-            fresh = common.run_fresh(
-                f"{_WORKER}:measure",
-                threads=options.threads,
-                sleeps=False,
-                package=package,
-                experts=experts,
-                folder=folder,
-                seq_len=case.seq_len,
-                num_rows=case.num_rows,
-                steps=options.steps,
-                recompute=options.recompute if package == OURS else "",
-                returns_memory=options.returns_memory,
-            )
-            named = {"case": case.name, "package": package, "experts": experts, "repeat": repeat}
-            runs.append({**named, "other_cores": fresh.other_cores, **fresh.result})
-    return runs
 
 
 def _facts(report: Mapping[str, Any]) -> list[str]:
@@ -215,19 +182,13 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="train.py", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--repeats", type=int, default=3, help="fresh processes per case and package (3)")
-    parser.add_argument("--steps", type=int, default=5, help="steps on the clock in each (5)")
-    parser.add_argument("--threads", type=int, default=common.usable_cores(), help="threads (all cores)")
-    parser.add_argument("--only", action="append", default=[], metavar="WORD", help="cases with this in their name")
+    parser = side_by_side.new_parser("train.py", (__doc__ or "").split("\n", 1)[0], steps="steps")
     parser.add_argument("--recompute", default="", metavar="A,B", help="operations that ernie45 computes again (none)")
     parser.add_argument(
         "--returns-memory",
         action="store_true",
         help="ernie45 gives freed memory back at once: less memory, more page faults",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every single value here as well")
-    parser.add_argument("--quick", action="store_true", help="a tiny network only: tests the program, measures nothing")
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,7 @@ def network_config(*, tiny: bool) -> ModelConfig:
             num_hidden_layers=2,
             num_attention_heads=2,
             num_key_value_heads=1,
-            head_dim=8,
+            head_dim=16,
             moe=moe,
         )
     moe = MoeConfig(
@@ -58,13 +58,21 @@ def network_config(*, tiny: bool) -> ModelConfig:
 
 def prepare(*, folder: str, tiny: bool) -> dict[str, Any]:
     """Write random weights as checkpoints that both packages read, one of them tiny, to warm up with. Returns: what they are."""
+    return write_networks(Path(folder), tiny=tiny)
+
+
+def write_networks(
+    folder: Path, *, tiny: bool, files_of: Callable[[ModelConfig], Mapping[str, bytes]] | None = None
+) -> dict[str, Any]:
+    """`tiny` and `model`. Args: files_of: what else lies in each folder. Returns: what `model` is."""
     from ernie45.models.build import build_model
     from ernie45.models.init import initialize
 
     for name, config in (("tiny", network_config(tiny=True)), ("model", network_config(tiny=tiny))):
         model = build_model(config)
         initialize(model, std=_STD, seed=_SEED, correction_bias_std=0.01)
-        ernie45.save_model(model, Path(folder, name), overwrite=True)
+        files = {} if files_of is None else files_of(config)
+        ernie45.save_model(model, folder / name, extra_files=files, overwrite=True)
     count = ernie45.count_parameters(config)
     moe = config.moe
     assert moe is not None, "the network that is measured is a mixture of experts"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import align, align_worker, common
+from benchmarks.side_by_side import OURS
 from ernie45.config.model import ModelConfig
 from ernie45.training.rollout import LlmGenerator
 
@@ -20,7 +21,7 @@ SETTINGS = {"threads": 2, "repeats": 2, "steps": 2, "quick": False}
 
 def made_up(case: align.Case, experts: str, seconds: list[float], peak: int, losses: list[float]) -> dict[str, Any]:
     """A run whose steps have 4 and 12 pairs, 100 and 300 tokens."""
-    package = case.peer if experts else align.OURS
+    package = case.peer if experts else OURS
     work = {"units": [4, 12], "tokens": [100, 300], "peak_bytes": peak, "losses": losses}
     return {"case": case.name, "package": package, "experts": experts, "seconds": seconds, **work}
 

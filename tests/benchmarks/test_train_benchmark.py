@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from benchmarks import common, train, train_worker
+from benchmarks.side_by_side import OURS
 from ernie45.config.count import count_parameters
 
 
 def _run(seconds: list[float], peak: int, experts: str = "") -> dict[str, Any]:
-    package = train.PEER if experts else train.OURS
+    package = train.PEER if experts else OURS
     case = {"case": "4 x 512", "package": package, "experts": experts}
     return {**case, "seconds": seconds, "peak_bytes": peak, "losses": [1.0], "flops_per_token": 10**8}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -62,14 +62,11 @@ def sft_rows(
     config: DataConfig, tokenizer: Tokenizer, *, num_mtp: int = 0, rank: int = 0, world: int = 1, part: Part = "train"
 ) -> PackedRows[Document, Document]:
     """Dialogues, of which answers are learnt. Arguments and errors as those of `pretrain_rows`."""
-    tokenizer = with_chat_format(tokenizer, config.chat_format)
-    encoder = ChatEncoder(tokenizer, config.thoughts)
 
-    def read(record: Mapping[str, Any], origin: str) -> Fitted[Document]:
+    def fit(encoder: ChatEncoder, record: Mapping[str, Any], origin: str) -> Fitted[Document]:
         return fit_conversation(encoder, parse_conversation(record, origin), config, num_mtp)
 
-    method = Method(read=read, finish=lambda piece: piece.item)
-    return _stream(config, tokenizer, method, ("sft", num_mtp), part, rank, world)
+    return _dialogues(config, tokenizer, fit, ("sft", num_mtp), part, rank, world)
 
 
 def preference_rows(
@@ -77,28 +74,22 @@ def preference_rows(
 ) -> PackedRows[PreferencePair, PreferencePair]:
     """Pairs of answers. A pair takes prompt, chosen and rejected of a row. `num_mtp` changes nothing here: nothing is cut
     that an MTP block would have to look into. Otherwise as `pretrain_rows`."""
-    tokenizer = with_chat_format(tokenizer, config.chat_format)
-    encoder = ChatEncoder(tokenizer, config.thoughts)
 
-    def read(record: Mapping[str, Any], origin: str) -> Fitted[PreferencePair]:
+    def fit(encoder: ChatEncoder, record: Mapping[str, Any], origin: str) -> Fitted[PreferencePair]:
         return fit_pair(encoder, parse_preference(record, origin), config)
 
-    method = Method(read=read, finish=lambda piece: piece.item)
-    return _stream(config, tokenizer, method, ("preference",), part, rank, world)
+    return _dialogues(config, tokenizer, fit, ("preference",), part, rank, world)
 
 
 def kto_rows(
     config: DataConfig, tokenizer: Tokenizer, *, num_mtp: int = 0, rank: int = 0, world: int = 1, part: Part = "train"
 ) -> PackedRows[KtoExample, KtoExample]:
     """Answers with a verdict each. As `preference_rows`."""
-    tokenizer = with_chat_format(tokenizer, config.chat_format)
-    encoder = ChatEncoder(tokenizer, config.thoughts)
 
-    def read(record: Mapping[str, Any], origin: str) -> Fitted[KtoExample]:
+    def fit(encoder: ChatEncoder, record: Mapping[str, Any], origin: str) -> Fitted[KtoExample]:
         return fit_kto(encoder, parse_kto(record, origin), config)
 
-    method = Method(read=read, finish=lambda piece: piece.item)
-    return _stream(config, tokenizer, method, ("kto",), part, rank, world)
+    return _dialogues(config, tokenizer, fit, ("kto",), part, rank, world)
 
 
 class Opener(Protocol):
@@ -152,6 +143,21 @@ def _document(piece: Piece[TextIds], num_mtp: int) -> Document:
     learnt = torch.ones(len(taken), dtype=torch.bool)
     learnt[0] = False
     return Document(ids=taken, learnt=learnt, num_unread=unread, origin=piece.item.origin)
+
+
+def _dialogues(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    fit: Callable[[ChatEncoder, Mapping[str, Any], str], Fitted[Any]],
+    kind: tuple[object, ...],
+    part: Part,
+    *place: int,
+) -> PackedRows[Any, Any]:
+    """Rows that the chat template writes. Args: fit: an encoder, a record and its origin to what is packed."""
+    tokenizer = with_chat_format(tokenizer, config.chat_format)
+    encoder = ChatEncoder(tokenizer, config.thoughts)
+    method = Method(read=lambda record, origin: fit(encoder, record, origin), finish=lambda piece: piece.item)
+    return _stream(config, tokenizer, method, kind, part, *place)
 
 
 def _stream(
