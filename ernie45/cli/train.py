@@ -166,7 +166,7 @@ def step_line(line: dict[str, Any], steps: int, remaining_s: float | None) -> st
     return "  ".join(parts)
 
 
-_SHOWN = ("rewards/accuracy", "rewards/margin", "reward/mean")
+_SHOWN = ("rewards/accuracy", "rewards/margin", "rewards/score")
 
 
 def _duration(seconds: float) -> str:
