@@ -36,6 +36,8 @@ class Case:
     """A piece of work that both packages do."""
 
     name: str
+    work: str
+    """`dpo` or `sampling`."""
     peer: str
     """The package beside ours."""
     units: str
@@ -43,7 +45,7 @@ class Case:
     goal: float
     """Our tokens per second over the peer's."""
     sizes: Mapping[str, Any]
-    """Arguments of `align_worker.measure_NAME`; numbers of tokens in twos are fewest and most."""
+    """Arguments of `align_worker.measure_WORK`; numbers of tokens in twos are fewest and most."""
 
 
 def cases(*, tiny: bool) -> tuple[Case, ...]:
@@ -54,8 +56,18 @@ def cases(*, tiny: bool) -> tuple[Case, ...]:
         pairs = {"num_pairs": 2, "prompt_tokens": [4, 8], "answer_tokens": [2, 6]}
         rollout = {"num_prompts": 2, "num_answers": 2, "prompt_tokens": 4, "new_tokens": 5}
     return (
-        Case(name="dpo", peer="trl", units="pairs", goal=1.5, sizes=pairs),
-        Case(name="sampling", peer="transformers", units="answers", goal=5.0, sizes=rollout),
+        Case(name="dpo", work="dpo", peer="trl", units="pairs", goal=1.5, sizes=pairs),
+        *(
+            Case(
+                name=f"sampling {weights}",
+                work="sampling",
+                peer="transformers",
+                units="answers",
+                goal=5.0,
+                sizes={**rollout, "weights": weights},
+            )
+            for weights in ("float32", "wint8")
+        ),
     )
 
 
@@ -75,7 +87,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         fresh = common.run_fresh(f"{_WORKER}:prepare", threads=options.threads, folder=folder, tiny=options.quick)
         for case in chosen:
-            function = f"{_WORKER}:measure_{case.name}"
+            function = f"{_WORKER}:measure_{case.work}"
             runs += side_by_side.in_turns(case.name, case.peer, options, function, folder=folder, **case.sizes)
     noises = [each["other_cores"] for each in runs]
     return {
@@ -192,11 +204,17 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
 def _case_facts(case: Mapping[str, Any]) -> list[str]:
     """What one case is, and whether both learnt the same."""
     sizes = case["sizes"]
-    if case["name"] == "sampling":
+    if case["work"] == "sampling":
         return [
-            f"sampling: a rollout of {sizes['num_prompts']} prompts of {sizes['prompt_tokens']} tokens,"
+            f"{case['name']}: a rollout of {sizes['num_prompts']} prompts of {sizes['prompt_tokens']} tokens,"
             f" {sizes['num_answers']} answers of {sizes['new_tokens']} tokens to each, at temperature 1, end tokens ignored;"
-            " the weights' hand-over is part of it; new tokens are counted",
+            " the weights' hand-over is part of it; new tokens are counted; ours samples from "
+            + (
+                "the network that learns"
+                if sizes["weights"] == "float32"
+                else "a copy in 8 bits, made in the hand-over"
+            )
+            + ", the peer from float32",
         ]
     prompts, answers = ("-".join(map(str, sizes[key])) for key in ("prompt_tokens", "answer_tokens"))
     losses = case["losses"]

@@ -25,10 +25,12 @@ from ernie45.training.loop import LoopConfig, Parts, Trainer
 from ernie45.training.losses.preference import PreferenceConfig
 from ernie45.training.network import TrainingNetwork
 from ernie45.training.optim import LrSchedule, OptimizerConfig, ScheduleConfig, build_optimizer
+from ernie45.training.packed_twin import PackedTwin
 from ernie45.training.preference import PreferenceObjective
 from ernie45.training.reference_policy import FrozenCopy
 from ernie45.training.rollout import LlmGenerator
 from ernie45.training.sampler_weights import sampler_twin
+from ernie45.training.upo_config import SamplingWeights
 
 PAD_ID, PAD = 0, "token0"
 """What the peer fills rows up with, and its piece; not to be used in prompts and answers."""
@@ -109,14 +111,17 @@ def trl_dpo(path: Path, batches: Sequence[Sequence[Pair]], *, experts: str) -> C
     return ends, losses
 
 
-def our_rollout(path: Path, prompts_BT: Tensor, *, num_answers: int, new_tokens: int) -> Rollout:
+def our_rollout(
+    path: Path, prompts_BT: Tensor, *, num_answers: int, new_tokens: int, weights: SamplingWeights
+) -> Rollout:
     """The generator that `ernie train` hands to reinforcement learning, but past end tokens."""
     model = ernie45.load_model(path).requires_grad_().train()
     network = TrainingNetwork(model)
-    llm = ernie45.LLM(
-        sampler_twin(network.model), tokenizer=ernie45.load_tokenizer(path), max_step_tokens_beside_decodes=512
-    )
-    generator = LlmGenerator(llm, params=partial(ernie45.SamplingParams, ignore_eos=True))
+    twin = PackedTwin(network.model) if weights == "wint8" else None
+    sampled = sampler_twin(network.model) if twin is None else twin.network
+    llm = ernie45.LLM(sampled, tokenizer=ernie45.load_tokenizer(path), max_step_tokens_beside_decodes=512)
+    ask = partial(ernie45.SamplingParams, ignore_eos=True)
+    generator = LlmGenerator(llm, params=ask, renew=None if twin is None else twin.renew)
     prompts = prompts_BT.tolist()
 
     def sample(seed: int) -> int:

@@ -17,6 +17,7 @@ from benchmarks.align_runners import PAD_ID, Course, Pair, Rollout
 from benchmarks.common import PeakMemory
 from benchmarks.train_worker import write_networks
 from ernie45.config.model import ModelConfig
+from ernie45.training.upo_config import SamplingWeights
 
 _NUM_BATCHES = 3
 """Different batches, taken in turns: what comes again has a lower loss."""
@@ -82,14 +83,17 @@ def measure_sampling(
     num_answers: int,
     prompt_tokens: int,
     new_tokens: int,
+    weights: SamplingWeights,
 ) -> dict[str, Any]:
     """Sample a rollout that does not count and `steps` that do.
 
-    Args: package: `ernie45` or `transformers`. experts: how the peer computes experts.
+    Args: package: `ernie45` or `transformers`. experts: how the peer computes experts. weights: that ours samples from.
     Returns: as `measure_dpo`, by rollout; units are answers, tokens the new ones, and there are no losses.
     """
     start: Callable[..., Rollout] = (
-        align_runners.our_rollout if package == "ernie45" else partial(align_runners.their_rollout, experts=experts)
+        partial(align_runners.our_rollout, weights=weights)
+        if package == "ernie45"
+        else partial(align_runners.their_rollout, experts=experts)
     )
     tiny, model = Path(folder, "tiny"), Path(folder, "model")
     start(tiny, drawn_prompts(tiny, 2, 4), num_answers=2, new_tokens=3)(_SEED)

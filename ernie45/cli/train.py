@@ -20,9 +20,11 @@ from ernie45.training.allocator import return_freed_memory, use_huge_pages
 from ernie45.training.config import RunConfig
 from ernie45.training.erniekit import convert_erniekit
 from ernie45.training.interrupt import stop_on_signal
+from ernie45.training.packed_twin import PackedTwin
 from ernie45.training.rollout import Generator, LlmGenerator
 from ernie45.training.run import Run, prepare
 from ernie45.training.sampler_weights import sampler_twin
+from ernie45.training.upo_config import SamplingWeights
 
 
 def run(options: argparse.Namespace) -> int:
@@ -74,14 +76,16 @@ class _Store:
         """See `run.Library`."""
         return str(_weights(name).resolve()) if Path(name).expanduser().exists() else name
 
-    def generator(self, model: CausalLM, tokenizer: Tokenizer) -> Generator:
+    def generator(self, model: CausalLM, tokenizer: Tokenizer, weights: SamplingWeights) -> Generator:
         """See `run.Library`."""
         from ernie45.engine.params import SamplingParams
         from ernie45.llm import LLM
 
+        twin = PackedTwin(model) if weights == "wint8" else None
+        network = sampler_twin(model) if twin is None else twin.network
         # A fixed number, where serving goes by the clock: equal rollouts need equal steps.
-        llm = LLM(sampler_twin(model), tokenizer=tokenizer, max_step_tokens_beside_decodes=512)
-        return LlmGenerator(llm, params=SamplingParams)
+        llm = LLM(network, tokenizer=tokenizer, max_step_tokens_beside_decodes=512)
+        return LlmGenerator(llm, params=SamplingParams, renew=None if twin is None else twin.renew)
 
 
 def _weights(name: str) -> Path:

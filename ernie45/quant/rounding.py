@@ -78,10 +78,15 @@ def _round_chunks(
 
 def quantize_absmax(weights_NK: Tensor, format: PackedFormat) -> Quantized:
     """Plain rounding: each group's extremes map to the ends of the format. The yardstick for `quantize`."""
+    return measured(weights_NK, *round_absmax(weights_NK, format), format)
+
+
+def round_absmax(weights_NK: Tensor, format: PackedFormat) -> tuple[Tensor, Tensor]:
+    """What `quantize_absmax` gives, unmeasured: values, int8 (N, K), and scales, float16 of shape `format.scale_shape`."""
     groups_NSC, _ = _grouped(weights_NK, format, None)
     scales = _plain_scales(groups_NSC, format)
     values = round_to(groups_NSC, scales, format).to(torch.int8)
-    return measured(weights_NK, values.flatten(1)[:, : weights_NK.shape[1]].contiguous(), scales.half(), format)
+    return values.flatten(1)[:, : weights_NK.shape[1]].contiguous(), scales.half()
 
 
 def round_to(weights: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:

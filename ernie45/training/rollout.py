@@ -6,9 +6,15 @@ interface of `ernie45.LLM`:
     llm = LLM(sampler_twin(network.model), tokenizer=tokenizer, max_step_tokens_beside_decodes=512)
     generator = LlmGenerator(llm, params=SamplingParams)
 
-The twin is a second network over the same memory. A fixed number of prompt tokens beside those that decode makes steps independent of
+The twin is a second network over the same memory. One of 8-bit weights that are rounded anew before each rollout is several times as
+fast, and not quite the policy that learns:
+
+    twin = PackedTwin(network.model)
+    generator = LlmGenerator(LLM(twin.network, ..), params=SamplingParams, renew=twin.renew)
+
+A fixed number of prompt tokens beside those that decode makes steps independent of
 time: who shares a step decides on the last bits of plain matrix products, and a run that goes on shall sample what it would have.
-Before each rollout `sync` brings over what does not share memory and empties the prefix cache.
+Before each rollout `sync` brings the weights over and empties the prefix cache.
 """
 
 from __future__ import annotations
@@ -50,11 +56,15 @@ class Generator(Protocol):
 class LlmGenerator:
     """Generates with the offline class of the serving engine, or anything of its interface."""
 
-    def __init__(self, llm: Any, *, params: Callable[..., Any]) -> None:
+    def __init__(
+        self, llm: Any, *, params: Callable[..., Any], renew: Callable[[nn.Module], object] | None = None
+    ) -> None:
         """Args: llm: has `generate(prompts, params, progress=)`, `forget_prefixes()` and `model`. params: makes sampling parameters:
-        `SamplingParams`.
+        `SamplingParams`. renew: brings a model's weights into the one that samples; None: that is a `sampler_twin`, or has the same
+        parameters.
         """
         self._llm, self._params = llm, params
+        self._renew = renew or (lambda model: copy_weights(model, llm.model))
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, n: int, max_tokens: int, temperature: float, seed: int
@@ -68,8 +78,8 @@ class LlmGenerator:
         return [[_completion(choice) for choice in answer.choices] for answer in answers]
 
     def sync(self, model: nn.Module) -> None:
-        """See `Generator`. Copies only what does not share memory with the model. Raises: CheckpointError if names do not fit."""
-        copy_weights(model, self._llm.model)
+        """See `Generator`. Raises: CheckpointError if the networks differ."""
+        self._renew(model)
         self._llm.forget_prefixes()
 
 

@@ -35,6 +35,7 @@ from ernie45.training.rollout import Generator
 from ernie45.training.run_folder import RunFolder
 from ernie45.training.speed import matmul_flops
 from ernie45.training.state import AVERAGE, Checkpoints, ModelWeights, Weights
+from ernie45.training.upo_config import SamplingWeights
 
 Unit = Literal["bytes", "rows"]
 
@@ -58,7 +59,7 @@ class Library(Protocol):
     def address(self, name: str) -> str:
         """A name or an absolute path of that network, which holds from any folder."""
 
-    def generator(self, model: CausalLM, tokenizer: Tokenizer) -> Generator:
+    def generator(self, model: CausalLM, tokenizer: Tokenizer, weights: SamplingWeights) -> Generator:
         """What samples answers from a network in training."""
 
 
@@ -101,7 +102,7 @@ def prepare(config: RunConfig, folder: Path, library: Library, *, progress: Prog
         config,
         network,
         tokenizer,
-        generator=lambda: library.generator(model, tokenizer),
+        generator=lambda: library.generator(model, tokenizer, config.rollout.weights),
         cached=lambda: pending_reference(
             config, network, tokenizer, folder, held_out, lambda: _stage(progress, "reference", "rows")
         ),

@@ -6,7 +6,7 @@ parameters are the same memory, and an optimizer that works in place has updated
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def sampler_twin(model: CausalLM) -> CausalLM:
     """
     twin = build_model(model.config, dtype=torch.float32, device="meta")
     tensors = sampled_weights(model)
-    _check_names(tensors, twin)
+    check_names(tensors, twin.state_dict().keys())
     # detach() keeps the memory and drops the history; to() gives the same tensor where nothing changes.
     shared = {name: tensors[name].detach().to("cpu", torch.float32) for name in tensors}
     twin.load_state_dict(shared, assign=True)
@@ -39,7 +39,7 @@ def copy_weights(model: nn.Module, into: nn.Module) -> int:
     Returns: bytes that were copied; tensors in shared memory need none. Raises: CheckpointError if the networks differ.
     """
     tensors = sampled_weights(model)
-    _check_names(tensors, into)
+    check_names(tensors, into.state_dict().keys())
     copied = 0
     for name, own in into.state_dict().items():
         tensor = tensors[name]
@@ -80,11 +80,12 @@ class MergedWeights(Mapping[str, Tensor]):
         return len(self._state)
 
 
-def _check_names(tensors: Mapping[str, Tensor], network: nn.Module) -> None:
-    wanted = network.state_dict()
-    different = sorted(set(tensors) ^ wanted.keys())
+def check_names(tensors: Mapping[str, Tensor], wanted: Set[str]) -> None:
+    """Raises: CheckpointError if the weights of the trained network are not those that the other one wants."""
+    different = sorted(tensors.keys() ^ wanted)
     if different:
         raise CheckpointError(
             f"the trained network and the one that samples differ: {different[0]!r} is in one of the two alone. The second one is made "
-            "with sampler_twin; packed weights cannot be sampled from while an adapter on them learns: load them in floating point"
+            "with sampler_twin or PackedTwin; packed weights cannot be sampled from while an adapter on them learns: load them in "
+            "floating point"
         )

@@ -24,6 +24,7 @@ from ernie45.training.losses.policy import (
     clipped_value_losses,
     kl_estimates,
     policy_metrics,
+    sampler_weights,
     sequence_log_ratios,
     token_log_ratios,
     token_weights,
@@ -58,12 +59,17 @@ class UpoObjective:
     ) -> None:
         """Args: hidden_size: of the network, for the critic. reference: for pairs of a data set, if their loss has one.
 
-        Raises: ConfigError if such a reference is missing.
+        Raises: ConfigError if such a reference is missing, and for a correction for the sampler where there is nothing to correct.
         """
         offline = config.has_offline_pairs
         if offline and config.preference.uses_reference and reference is None:
             raise ConfigError(
                 f"pairs of a data set with loss_type {config.preference.loss_type} need a reference policy"
+            )
+        if config.sampler_ratio_cap is not None and rollout.old_logprobs == "sampler":
+            raise ConfigError(
+                f"sampler_ratio_cap is {config.sampler_ratio_cap}, but with old_logprobs: sampler ratios are against the sampler "
+                "already: leave one of the two out"
             )
         self.config, self.rollout, self.reference = config, rollout, reference
         self.critic = Critic(hidden_size) if config.has_critic else None
@@ -125,15 +131,20 @@ class UpoObjective:
         )
         clips = {"clip_low": config.clip_low, "clip_high": config.clip_high}
         losses_P = clipped_policy_losses(ratios_P, batch.gathered("advantages_L"), **clips)
+        even_P = torch.full_like(weights_P, 1 / totals.num_tokens)
+        logged: dict[str, Tensor] = {}
+        if config.sampler_ratio_cap is not None:
+            corrections_P = sampler_weights(old_P, batch.gathered("sampler_L"), cap=config.sampler_ratio_cap)
+            losses_P = losses_P * corrections_P
+            logged["policy/sampler_ratio"] = (corrections_P * even_P).sum()
         total = (losses_P * weights_P).sum()
-        logged = {"loss": total.detach()}
+        logged["loss"] = total.detach()
         terms = self._terms(batch, logprobs_P, entropy_P, values_P)
         for name, (weight, values) in terms.items():
             term = (values * weights_P).sum()
             logged[name] = term.detach()
             # A term of weight 0 is only logged.
             total = total + weight * term if weight else total
-        even_P = torch.full_like(weights_P, 1 / totals.num_tokens)
         logged |= policy_metrics(ratios_P, even_P, **clips)
         logged["policy/sampler_kl"] = _sampler_kl(logprobs_P.detach(), batch.gathered("sampler_L"), even_P)
         return total, logged

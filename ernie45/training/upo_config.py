@@ -15,6 +15,7 @@ from ernie45.training.losses.preference import PreferenceConfig
 Advantages = Literal["gae", "group"]
 PairSource = Literal["online", "offline"]
 RatioOf = Literal["token", "sequence"]
+SamplingWeights = Literal["float32", "wint8"]
 KlIn = Literal["reward", "loss"]
 
 
@@ -40,6 +41,9 @@ class UpoConfig:
     """How far a ratio may rise above 1 with a gain; larger than `clip_low` lets rare tokens grow."""
     ratio_of: RatioOf = "token"
     """Ratios of tokens, or one for a whole answer (GSPO; take `averaging: answer` with it)."""
+    sampler_ratio_cap: float | None = None
+    """Weigh each token's policy loss by `min(old policy / sampler, this)`, which corrects for a sampler that is not quite the policy,
+    such as one of 8-bit weights; None = not at all."""
     averaging: Averaging = "token"
     """How tokens are weighed: alike over the step; within each answer first; over the longest possible answer (`constant`)."""
     value_weight: float = 0.1
@@ -77,6 +81,8 @@ class UpoConfig:
             raise ConfigError("pair_ratio is 0: to leave the preference part out set preference_weight to 0")
         if self.value_clip is not None:
             _check("value_clip", self.value_clip, 0)
+        if self.sampler_ratio_cap is not None:
+            _check("sampler_ratio_cap", self.sampler_ratio_cap, 1)
         if self.kl_estimator == "k1":
             raise ConfigError(
                 "kl_estimator is k1, whose gradient is noise: take k2 or k3, or put the distance into the reward (kl_in)"
@@ -148,7 +154,9 @@ _READ_IF: dict[str, tuple[Callable[[UpoConfig], Any], str]] = {
     "advantages": _POLICY,
     "group_by_std": (lambda config: config.policy and config.advantages == "group", "with advantages: group"),
     **dict.fromkeys(("gamma", "lam", "whiten", "value_weight", "value_clip"), _CRITIC),
-    **dict.fromkeys(("clip_low", "clip_high", "ratio_of", "averaging", "kl_weight", "entropy_weight"), _POLICY),
+    **dict.fromkeys(
+        ("clip_low", "clip_high", "ratio_of", "sampler_ratio_cap", "averaging", "kl_weight", "entropy_weight"), _POLICY
+    ),
     "kl_in": (lambda config: config.policy and config.kl_weight, "with a kl_weight"),
     "kl_estimator": _KL_LOSS,
     **dict.fromkeys(("preference", "pair_source", "pair_ratio"), _PAIRS),
@@ -178,6 +186,9 @@ class RolloutConfig:
     """How often prompts are drawn for those that were left out; what is missing then is filled up with them."""
     old_logprobs: Literal["policy", "sampler"] = "policy"
     """Ratios are against what the training network computes (one pass more), or what the sampler reports with its answers."""
+    weights: SamplingWeights = "float32"
+    """What is sampled from: the policy itself, or a copy of it in 8 bits, made anew for each rollout and several times as fast
+    (`policy/sampler_kl` says how far it is from the policy; `sampler_ratio_cap` corrects for it)."""
     max_pass_tokens: int = 8192
     """Tokens of a pass that computes log-probabilities and values of a rollout; more memory, and not slower."""
 
@@ -194,5 +205,9 @@ class RolloutConfig:
             )
         if self.old_logprobs not in ("policy", "sampler"):
             raise ConfigError(f"old_logprobs is {self.old_logprobs!r}, expected policy or sampler")
+        if self.weights not in get_args(SamplingWeights):
+            raise ConfigError(
+                f"weights is {self.weights!r}, expected one of {', '.join(get_args(SamplingWeights))}: the weights of rollouts"
+            )
         if self.prompt_filter is None and self.max_draws != type(self).max_draws:
             raise ConfigError(f"max_draws is {self.max_draws}, but is only read with a prompt_filter: leave it out")

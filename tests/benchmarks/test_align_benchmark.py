@@ -15,7 +15,7 @@ from benchmarks.side_by_side import OURS
 from ernie45.config.model import ModelConfig
 from ernie45.training.rollout import LlmGenerator
 
-DPO, SAMPLING = align.cases(tiny=False)
+DPO, SAMPLING, PACKED = align.cases(tiny=False)
 SETTINGS = {"threads": 2, "repeats": 2, "steps": 2, "quick": False}
 
 
@@ -96,6 +96,12 @@ def test_rollouts_have_no_losses() -> None:
     text = align.to_markdown(report_of(SAMPLING, runs))
     assert cells(text, "ernie45")[3:5] == ["1.00, missed", "5"]
     assert "losses" not in text
+    assert "ours samples from the network that learns" in text
+
+
+def test_what_is_sampled_from_is_said() -> None:
+    runs = [made_up(PACKED, experts, [1.0, 1.0], 10**9, []) for experts in ("", "grouped_mm", "eager")]
+    assert "ours samples from a copy in 8 bits" in align.to_markdown(report_of(PACKED, runs))
 
 
 def test_pairs_are_as_long_as_asked_for_and_come_again(tmp_path: Path) -> None:
@@ -135,7 +141,9 @@ def test_a_small_run_does_the_same_with_all_packages(
     file = tmp_path / "a.json"
     assert align.main(["--quick", "--repeats", "1", "--steps", "4", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    dpo, sampling = ([run for run in report["runs"] if run["case"] == name] for name in ("dpo", "sampling"))
+    dpo, sampling, packed = (
+        [run for run in report["runs"] if run["case"] == case.name] for case in align.cases(tiny=True)
+    )
     ours, *peers = (run["losses"] for run in dpo)
     assert len(ours) == 5
     assert ours[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -144,11 +152,12 @@ def test_a_small_run_does_the_same_with_all_packages(
         assert losses == pytest.approx(ours, abs=1e-4)
     assert report["cases"][0]["losses"]["largest_difference"] < 1e-4
     assert {tuple(run["tokens"]) for run in dpo} == {tuple(dpo[0]["tokens"])}
-    assert [run["tokens"] for run in sampling] == [[2 * 2 * 5] * 4] * 3
-    assert len(synced) == 1 + 1 + 4, "weights are handed over before every rollout: rehearsal, warm-up, steps"
+    assert [run["tokens"] for run in (*sampling, *packed)] == [[2 * 2 * 5] * 4] * 6
+    assert len(synced) == 2 * (1 + 1 + 4), "weights are handed over before every rollout: rehearsal, warm-up, steps"
     assert [(row["case"], row["package"]) for row in report["rows"]] == [
         *(("dpo", "ernie45"), ("dpo", "trl")),
-        *(("sampling", "ernie45"), ("sampling", "transformers")),
+        *(("sampling float32", "ernie45"), ("sampling float32", "transformers")),
+        *(("sampling wint8", "ernie45"), ("sampling wint8", "transformers")),
     ]
     assert "not to be published" in capsys.readouterr().out
 
@@ -164,7 +173,7 @@ def test_only_one_case_is_measured(monkeypatch: pytest.MonkeyPatch, capsys: Any)
 
     monkeypatch.setattr(common, "run_fresh", note)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert align.main(["--only", "sampling", "--repeats", "2", "--threads", "3"]) == 0
+    assert align.main(["--only", "float32", "--repeats", "2", "--threads", "3"]) == 0
     measured = [package for function, package, _ in asked if function.endswith(":measure_sampling")]
     assert measured == ["ernie45", "transformers", "transformers", "transformers", "transformers", "ernie45"]
     assert len(asked) == 1 + len(measured)

@@ -16,6 +16,7 @@ from ernie45.training.losses.policy import (
     clipped_value_losses,
     kl_estimates,
     policy_metrics,
+    sampler_weights,
     sequence_log_ratios,
     split_answers,
     spread_to_tokens,
@@ -189,3 +190,16 @@ def test_metrics_by_hand() -> None:
     assert found["policy/clipped"].item() == pytest.approx(2 / 3)
     expected = sum(r - 1 - math.log(r) for r in (0.7, 1.0, 1.5)) / 3
     assert found["policy/staleness_kl"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_weighted_answers_of_a_sampler_are_in_the_mean_those_of_the_policy() -> None:
+    """Over all tokens of a small vocabulary: the sampler's mean of weight times value is the policy's mean of the value."""
+    policy = torch.randn(7, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    sampler = (policy + 0.3 * torch.randn(7, generator=torch.Generator().manual_seed(1))).log_softmax(-1)
+    values = torch.arange(7.0)
+    weights = sampler_weights(policy, sampler, cap=100.0)
+    assert float((sampler.exp() * weights * values).sum()) == pytest.approx(
+        float((policy.exp() * values).sum()), rel=1e-5
+    )
+    assert float(sampler_weights(policy, sampler, cap=1.1).max()) == pytest.approx(1.1)
+    assert torch.equal(sampler_weights(policy, sampler, cap=1.1), weights.clamp(max=1.1))

@@ -125,6 +125,29 @@ def test_answers_are_sampled_judged_and_learnt_from(run_file: RunFile, tmp_path:
     assert all(0 <= line["rewards/score"] <= 1 for line in metrics(tmp_path / "whole"))
 
 
+def test_rollouts_in_8_bits_are_near_the_policy_and_go_on(run_file: RunFile, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {
+        "method": "upo",
+        "train": {"steps": 4, "rows_per_pass": 2},
+        "rewards": [{"function": "length", "options": {"maximum": 10, "margin": 20}}],
+        "checkpoint": {"every": 1, "keep": 4},
+    }
+    rollout = {"num_answers": 4, "max_tokens": 8, "num_minibatches": 2}
+    exact = run_file("exact.yaml", rollout=rollout, **fields)
+    packed = run_file("packed.yaml", rollout={**rollout, "weights": "wint8"}, upo={"sampler_ratio_cap": 2.0}, **fields)
+    assert train(exact, "--run", tmp_path / "exact") == 0
+    assert train(packed, "--run", tmp_path / "whole") == 0
+    assert train(packed, "--run", tmp_path / "parts") == 0
+    for _ in range(3):  # step 1 lies within a rollout
+        remove_newest(tmp_path / "parts")
+    assert train(packed, "--run", tmp_path / "parts") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    first, rounded = (metrics(tmp_path / name)[0] for name in ("exact", "whole"))
+    assert first["policy/sampler_kl"] < 1e-7 < rounded["policy/sampler_kl"] < 1e-2
+    assert rounded["policy/sampler_ratio"] == pytest.approx(1.0, abs=0.05)
+    assert "policy/sampler_ratio" not in first
+
+
 def test_answers_and_pairs_of_a_data_set_are_learnt_from_together(run_file: RunFile, tmp_path: Path) -> None:
     run_file("pairs.yaml", method="dpo")  # writes the rows
     path = run_file(

@@ -34,6 +34,8 @@ PAIRS = {"preference_weight": 1.0}
         ({"value_clip": None}, "only read with advantages: gae"),
         (PPO | {"group_by_std": False}, "only read with advantages: group"),
         ({"kl_in": "loss"}, "only read with a kl_weight"),
+        ({"sampler_ratio_cap": 0.5}, "sampler_ratio_cap is 0.5, expected a number from 1 on"),
+        ({"sampler_ratio_cap": 2.0, "policy": False, "preference_weight": 1.0}, "only read where policy is on"),
         ({"kl_weight": 0.1, "kl_estimator": "k2"}, "only read with a kl_weight and kl_in: loss"),
         ({"kl_weight": 0.1, "kl_in": "loss", "kl_estimator": "k1"}, "whose gradient is noise"),
         ({"pair_ratio": 0.5}, "only read with a preference_weight"),

@@ -264,6 +264,7 @@ BASE: dict[str, Any] = {"advantages": "gae", "kl_weight": 0.1, "kl_in": "loss", 
     "change",
     [
         {"clip_low": 0.01}, {"clip_high": 0.01}, {"ratio_of": "sequence"}, {"averaging": "answer"}, {"value_weight": 0.3},
+        {"sampler_ratio_cap": 1.2},
         {"value_clip": 0.01}, {"value_clip": None}, {"kl_weight": 0.4}, {"kl_estimator": "k2"}, {"entropy_weight": 0.1},
         {"preference_weight": 0.7}, {"preference": PreferenceConfig(beta=0.3)},
     ],
@@ -276,6 +277,29 @@ def test_every_option_is_felt(small_model: Any, change: dict[str, Any]) -> None:
     after, changed = step(network, objective_of(**(BASE | change)), [groups])
     assert float((before["total"] - after["total"]).abs()) > 1e-6
     assert any(not torch.allclose(gradients[name], changed[name], atol=1e-7, rtol=1e-4) for name in gradients)
+
+
+def test_a_sampler_beside_the_policy_is_corrected_for(small_model: Any) -> None:
+    """By hand: the advantage times the truncated weight. Where both agree, nothing changes; no gradient goes through the weight."""
+    network = TrainingNetwork(small_model())
+    groups = near_policy(network, GROUPS)
+    corrected, gradients = step(network, objective_of(sampler_ratio_cap=1.5), [groups])
+    weights = [(one.old_L - one.sampler_L).exp().clamp(max=1.5) for one in groups]
+    by_hand = [replace(one, advantages_L=one.advantages_L * w) for one, w in zip(groups, weights, strict=True)]
+    wanted, wanted_gradients = step(network, objective_of(), [by_hand])
+    torch.testing.assert_close(corrected["total"], wanted["total"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradients, wanted_gradients, atol=1e-7, rtol=1e-4)
+    assert float(corrected["policy/sampler_ratio"]) == pytest.approx(float(torch.cat(weights).mean()), rel=1e-5)
+    same = [replace(one, sampler_L=one.old_L) for one in groups]
+    assert torch.equal(
+        step(network, objective_of(sampler_ratio_cap=1.5), [same])[0]["total"],
+        step(network, objective_of(), [same])[0]["total"],
+    )
+
+
+def test_ratios_against_the_sampler_leave_nothing_to_correct() -> None:
+    with pytest.raises(ConfigError, match="sampler_ratio_cap is 2.0, but with old_logprobs: sampler"):
+        UpoObjective(UpoConfig(sampler_ratio_cap=2.0), RolloutConfig(old_logprobs="sampler"), hidden_size=48)
 
 
 def test_a_penalty_in_the_reward_is_only_logged(small_model: Any) -> None:

@@ -48,6 +48,14 @@ def clipped_policy_losses(
     return -torch.minimum(ratios_T * advantages_T, clipped_T * advantages_T)
 
 
+def sampler_weights(old_logprobs_T: Tensor, sampler_logprobs_T: Tensor, *, cap: float) -> Tensor:
+    """`min(pi_old / pi_sampler, cap)` of each token, (T,): truncated importance weights for answers of a sampler that is not quite
+    the policy, because its weights are rounded. A policy loss that is multiplied by them is that of the policy's own answers, but
+    for the cap, which bounds its variance. Source: arXiv:1802.01561 (V-trace's first truncation), per token.
+    """
+    return (old_logprobs_T - sampler_logprobs_T).exp().clamp(max=cap)
+
+
 def clipped_value_losses(values_T: Tensor, old_values_T: Tensor, returns_T: Tensor, *, clip: float | None) -> Tensor:
     """`1/2 max((v - R)^2, (v_clipped - R)^2)` of each token, v_clipped within `clip` of the old value; None: `1/2 (v - R)^2`."""
     plain_T = (values_T - returns_T).square()
