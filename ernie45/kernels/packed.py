@@ -150,10 +150,14 @@ def pack(values_NK: Tensor, scales: Tensor, format: PackedFormat) -> PackedMatri
     if scales.shape != format.scale_shape(rows, columns):
         raise ShapeError(f"scales have shape {tuple(scales.shape)}, expected {format.scale_shape(rows, columns)}")
     padding = (0, -columns % GROUP, 0, -rows % ROWS)
-    codes = (F.pad(values_NK, padding).to(torch.int16) + 2 ** (format.bits - 1)).to(torch.uint8)
+    padded_NK = F.pad(values_NK, padding) if any(padding) else values_NK.contiguous()
+    codes = padded_NK.view(torch.uint8) + 2 ** (
+        format.bits - 1
+    )  # modulo 256: a negative value's byte wraps to its code
     blocks, groups = codes.shape[0] // ROWS, codes.shape[1] // GROUP
-    if format.bits == 8:
-        ordered = codes.view(blocks, ROWS, groups, 16, 4).permute(0, 2, 3, 1, 4)
+    if format.bits == 8:  # four codes at a time, which are four bytes of a wider number
+        fours = codes.view(torch.int32).view(blocks, ROWS, groups, 16)
+        ordered = fours.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
     else:
         planes = codes.view(blocks, ROWS, groups, 8, 2, 4).permute(4, 0, 2, 3, 1, 5)
         ordered = planes[0] | (planes[1] << 4)

@@ -71,8 +71,7 @@ def _round_chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Values and scales of one chunk of rows after the other."""
     groups_NSC, importance_SC = _grouped(weights_NK, format, importance_K)
-    step = max(1, _CHUNK_VALUES // max(groups_NSC.shape[1] * groups_NSC.shape[2], 1))
-    for chunk in groups_NSC.split(step):
+    for chunk in groups_NSC.split(_rows_at_a_time(groups_NSC)):
         yield _round_groups(chunk, importance_SC, format)
 
 
@@ -85,8 +84,11 @@ def round_absmax(weights_NK: Tensor, format: PackedFormat) -> tuple[Tensor, Tens
     """What `quantize_absmax` gives, unmeasured: values, int8 (N, K), and scales, float16 of shape `format.scale_shape`."""
     groups_NSC, _ = _grouped(weights_NK, format, None)
     scales = _plain_scales(groups_NSC, format)
-    values = round_to(groups_NSC, scales, format).to(torch.int8)
-    return values.flatten(1)[:, : weights_NK.shape[1]].contiguous(), scales.half()
+    values_NSC = torch.empty(groups_NSC.shape, dtype=torch.int8)
+    step = _rows_at_a_time(groups_NSC)
+    for into, groups, scale in zip(values_NSC.split(step), groups_NSC.split(step), scales.split(step), strict=True):
+        into.copy_(round_to(groups, scale, format))
+    return values_NSC.flatten(1)[:, : weights_NK.shape[1]].contiguous(), scales.half()
 
 
 def round_to(weights: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:
@@ -126,13 +128,19 @@ def measured(weights_NK: Tensor, values_NK: Tensor, scales: Tensor, format: Pack
     return Quantized(values_NK=values_NK, scales=scales, squared_error=squared_error, squared_norm=squared_norm)
 
 
+def _rows_at_a_time(groups_NSC: Tensor) -> int:
+    return max(1, _CHUNK_VALUES // max(groups_NSC.shape[1] * groups_NSC.shape[2], 1))
+
+
 def _grouped(weights_NK: Tensor, format: PackedFormat, importance_K: Tensor | None) -> tuple[Tensor, Tensor]:
     """(N, S, C) and (S, C); the padding weighs nothing."""
     columns = weights_NK.shape[1]
     per_scale = format.columns_per_scale(columns)
     padding = (0, format.scale_sets(columns) * per_scale - columns)
     importance = weights_NK.new_ones(columns) if importance_K is None else importance_K
-    return F.pad(weights_NK, padding).unflatten(1, (-1, per_scale)), F.pad(importance, padding).view(-1, per_scale)
+    # Padding copies, even by nothing.
+    padded_NK = F.pad(weights_NK, padding) if padding[1] else weights_NK
+    return padded_NK.unflatten(1, (-1, per_scale)), F.pad(importance, padding).view(-1, per_scale)
 
 
 def _plain_scales(groups_NSC: Tensor, format: PackedFormat) -> Tensor:
