@@ -1,6 +1,6 @@
 """Speed and memory of alignment, beside peers on the same weights, pairs and prompts in the same run.
 
-    python benchmarks/align.py                     # both cases; nothing else may run meanwhile
+    python benchmarks/align.py                     # all cases; nothing else may run meanwhile
     python benchmarks/align.py --only dpo --repeats 1
     python benchmarks/align.py --json FILE
 

@@ -21,7 +21,7 @@ from typing import Any
 # Run as a script, Python looks for modules beside this file only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, side_by_side
+from benchmarks import common, side_by_side, train_own
 from benchmarks.side_by_side import OURS, contenders, runs_of
 
 PEER = "transformers"
@@ -63,6 +63,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     peak_size = {"size": 64 if options.quick else 2048}
     peaks = [common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, sleeps=False, **peak_size)]
     runs: list[dict[str, Any]] = []
+    own: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         fresh = common.run_fresh(f"{_WORKER}:prepare", threads=options.threads, folder=folder, tiny=options.quick)
         for case in cases:
@@ -77,8 +78,13 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
                 recompute=options.recompute,
                 returns_memory=options.returns_memory,
             )
+            with tempfile.TemporaryDirectory() as scratch:
+                Path(scratch, "model").symlink_to(Path(folder, "model"))
+                shape = {"seq_len": case.seq_len, "num_rows": case.num_rows}
+                own.append(train_own.measure(options, case=case.name, **shape, folder=scratch))
     peaks.append(common.run_fresh(f"{_WORKER}:measure_peak", threads=options.threads, sleeps=False, **peak_size))
     noises = [each["other_cores"] for each in runs] + [each.other_cores for each in peaks]
+    noises += [noise for each in own for noise in each["other_cores"]]
     return {
         "benchmark": "train",
         **began,
@@ -97,6 +103,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "other_cores_max": None if None in noises else max(noises),
         "runs": runs,
         "rows": [row for case in cases for row in rows_of(case, runs)],
+        "own": own,
     }
 
 
@@ -148,7 +155,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             ]
         )
     table = common.markdown_table(header, lines, num_words=2)
-    return "\n".join(["## Training", "", table, "", *(f"- {line}" for line in _facts(report))])
+    alone = common.markdown_table(
+        ["case", "ours alone", "measured", "in time", "goal"],
+        [row for found in report["own"] for row in train_own.to_markdown(found)],
+        num_words=5,
+    )
+    return "\n".join(["## Training", "", table, "", alone, "", *(f"- {line}" for line in _facts(report))])
 
 
 def _facts(report: Mapping[str, Any]) -> list[str]:
@@ -173,6 +185,7 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         "computed again by ernie45: " + (settings["recompute"] or "nothing but activations of SwiGLU"),
         "first loss, ernie45 and peer: "
         + ", ".join(f"{case}: {ours:.5f} and {theirs:.5f}" for case, (ours, theirs) in losses.items()),
+        *train_own.facts(),
         *common.origin_lines(report),
         common.noise_line(report["other_cores_max"]),
     ]
