@@ -16,7 +16,7 @@ from ernie45.cli.output import ProgressBar, human_bytes, human_count, note
 from ernie45.cli.serve_arguments import ineffective
 from ernie45.engine.client import spawn
 from ernie45.engine.wire import Launch, Loading
-from ernie45.errors import CheckpointError, UsageError
+from ernie45.errors import CheckpointError, ConfigError, UsageError
 from ernie45.server.config import Limits, RateLimits, ServerConfig, is_loopback
 from ernie45.server.keys import new_key
 from ernie45.server.redaction import RedactingFormatter
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 
 _KEY_VARIABLE = "ERNIE45_API_KEY"
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_LIMITS = {
+    "body_bytes": "max_body",
+    "waiting": "max_waiting",
+    "wait_s": "max_wait",
+    "request_timeout_s": "request_timeout",
+    "connections": "max_concurrency",
+}
+"""Options by the fields of `Limits` that they set."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -77,7 +85,6 @@ def server_config(options: argparse.Namespace, model: Path, keys: list[str]) -> 
                 f"--{name.replace('_', '-')} is {getattr(options, name)}: one process serves, with all cores"
             )
     names = [name for names in options.served_model_name or () for name in names]
-    defaults = Limits()
     return ServerConfig(
         host=options.host,
         port=options.port,
@@ -85,13 +92,7 @@ def server_config(options: argparse.Namespace, model: Path, keys: list[str]) -> 
         served_model_names=tuple(names) or (_model_name(model),),
         chat_page=options.chat_page,
         allowed_hosts=tuple(options.allowed_host),
-        limits=Limits(
-            body_bytes=options.max_body,
-            waiting=options.max_waiting,
-            wait_s=options.max_wait,
-            request_timeout_s=options.request_timeout,
-            connections=options.max_concurrency or defaults.connections,
-        ),
+        limits=_limits(options),
         rate_limits=RateLimits(
             requests_per_minute=options.requests_per_minute,
             tokens_per_minute=options.tokens_per_minute,
@@ -100,6 +101,16 @@ def server_config(options: argparse.Namespace, model: Path, keys: list[str]) -> 
         drain_timeout_s=options.drain_timeout,
         load_timeout_s=options.load_timeout,
     )
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    """Raises: UsageError that names the option."""
+    given = {name: getattr(options, option) for name, option in _LIMITS.items()}
+    try:
+        return Limits(**{name: value for name, value in given.items() if value is not None})
+    except ConfigError as error:
+        name, _, rest = str(error).partition(" ")
+        raise UsageError(f"--{_LIMITS[name].replace('_', '-')} {rest}") from error
 
 
 def launch_of(options: argparse.Namespace, model: Path) -> Launch:

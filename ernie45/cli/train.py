@@ -23,6 +23,7 @@ from ernie45.training.interrupt import stop_on_signal
 from ernie45.training.packed_twin import PackedTwin
 from ernie45.training.rollout import Generator, LlmGenerator
 from ernie45.training.run import Run, prepare
+from ernie45.training.run_tables import duration
 from ernie45.training.sampler_weights import sampler_twin
 from ernie45.training.upo_config import SamplingWeights
 
@@ -165,17 +166,9 @@ def step_line(line: dict[str, Any], steps: int, remaining_s: float | None) -> st
     if line.get("mfu") is not None:
         parts.append(f"MFU {line['mfu']:.0%}")
     if remaining_s is not None:
-        parts.append(f"{_duration(remaining_s)} left")
+        parts.append(f"{duration(remaining_s)} left")
     parts.append(human_bytes(line["memory_bytes"]))
     return "  ".join(parts)
 
 
 _SHOWN = ("rewards/accuracy", "rewards/margin", "rewards/score")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -80,13 +80,13 @@ def experts_csv(runs: Sequence[RunLog]) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """`3723.5` -> `1 h 2 min`."""
+    """`3723.5` -> `1 h 02 min`."""
     if not math.isfinite(seconds):
         return "-"
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
 
 
 def shown(value: float) -> str:

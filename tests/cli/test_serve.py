@@ -109,7 +109,9 @@ def test_speculation_in_both_spellings(arguments: list[str], expected: object) -
         (["--speculation", "ngram", "--speculative-config", '{"method": "mtp"}'], "give one"),
         (["--tensor-parallel-size", "2"], "tensor-parallel-size is 2: one process serves"),
         (["--port", "70000"], "port is 70000"),
-        (["--max-waiting", "0"], "waiting is 0"),
+        (["--max-waiting", "0"], "--max-waiting is 0"),
+        (["--max-wait", "-1"], "--max-wait is -1.0, expected a number above 0"),
+        (["--max-concurrency", "0"], "--max-concurrency is 0"),
         (["--requests-per-minute", "0"], "requests_per_minute is 0"),
     ],
 )

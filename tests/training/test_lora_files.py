@@ -15,7 +15,7 @@ from ernie45.checkpoint.source import ModuleSource
 from ernie45.config.model import ModelConfig
 from ernie45.errors import CheckpointError, NotFoundError
 from ernie45.models.text import CausalLM
-from ernie45.training.lora.adapter import Adapter, adapter_of, add_lora, lr_scales, merge
+from ernie45.training.lora.adapter import Adapter, adapter_of, add_lora, merge
 from ernie45.training.lora.adapter_file import read_adapter
 from ernie45.training.lora.config import LoraConfig
 from ernie45.training.lora.read import adapter_from, load_adapter
@@ -158,9 +158,8 @@ def test_settings_of_further_training(small_model: Build, tmp_path: Path) -> Non
     model = small_model()
     save_adapter(trained(model), model.config, tmp_path / "a")
     again = small_model()
-    adapter = load_adapter(again, tmp_path / "a", LoraConfig(dropout=0.3, lora_plus_scale=8))
+    adapter = load_adapter(again, tmp_path / "a", LoraConfig(dropout=0.3))
     assert {lora.dropout for lora in adapter.values()} == {0.3}
-    assert set(lr_scales(again).values()) == {8.0}
 
 
 @pytest.mark.parametrize("layout", ["pt", "paddle"])

@@ -17,7 +17,6 @@ from ernie45.training.lora.adapter import (
     adapter_off,
     add_lora,
     lora_parameters,
-    lr_scales,
     merge,
     put_adapter,
 )
@@ -161,16 +160,6 @@ def test_seed_and_start(small_model: Build) -> None:
     assert not torch.equal(first, drawn(1))
     bound = 48**-0.5  # uniform within 1 / sqrt(inputs), as linear layers start
     assert 0.95 * bound < float(first.abs().max()) <= bound
-
-
-def test_lora_plus_scales_the_rate_of_the_second_factor(small_model: Build) -> None:
-    model = small_model(moe=True)
-    add_lora(model, LoraConfig(lora_plus_scale=16), seed=0)
-    names = {name for name in lora_parameters(model) if name.endswith("lora_B")}
-    assert lr_scales(model) == dict.fromkeys(names, 16.0)
-    other = small_model()
-    add_lora(other, LoraConfig(), seed=0)
-    assert lr_scales(other) == {}
 
 
 def test_adapter_off_is_the_network_before(small_model: Build) -> None:

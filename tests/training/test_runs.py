@@ -198,6 +198,24 @@ def test_adapters_train_and_go_on(run_file: RunFile, tmp_path: Path, method: str
     assert not (folders[0] / "model").exists()
 
 
+def test_the_second_factors_own_rate_is_felt(run_file: RunFile, tmp_path: Path) -> None:
+    assert train(run_file("base.yaml"), "--run", tmp_path / "base") == 0
+    base = checkpoint_paths(tmp_path / "base/checkpoints")[-1] / "model"
+    losses = {}
+    for scale in (1.0, 16.0):
+        path = run_file(
+            f"{scale}.yaml",
+            method="sft",
+            model={"start": str(base), "network": None, "tokenizer": None},
+            lora={"rank": 4, "lora_plus_scale": scale},
+            train={"steps": 3},
+        )
+        assert train(path, "--run", tmp_path / str(scale)) == 0
+        losses[scale] = [line["loss"] for line in metrics(tmp_path / str(scale))]
+    assert losses[1.0][0] == losses[16.0][0]
+    assert losses[1.0][2] != losses[16.0][2]
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_average_of_a_run_is_exported(run_file: RunFile, tmp_path: Path, lora: bool) -> None:
     assert train(run_file("base.yaml", ema={"decay": 0.9}), "--run", tmp_path / "run") == 0

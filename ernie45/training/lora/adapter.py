@@ -1,7 +1,7 @@
 """Adapters of a network: made, put in place, found again, switched off, merged.
 
     add_lora(model, LoraConfig(rank=16), seed=0)
-    optimizer over lora_parameters(model), B's learning rate times lr_scales(model)
+    optimizer over lora_parameters(model); LoRA+ is the optimizer's `lora_plus_scale`
     with adapter_off(model): ...            # the frozen network, such as the reference of DPO
     merge(model)                            # a plain network again
 
@@ -75,15 +75,6 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, module in model.named_modules()
         if isinstance(module, LowRank)
         for part, parameter in module.named_parameters()
-    }
-
-
-def lr_scales(model: nn.Module) -> dict[str, float]:
-    """LoRA+: what the learning rate is multiplied by, for the parameters where that is not 1."""
-    return {
-        f"{name}.lora_B": module.lr_scale
-        for name, module in model.named_modules()
-        if isinstance(module, LowRank) and module.lr_scale != 1
     }
 
 
@@ -185,7 +176,6 @@ def _new(shape: tuple[int, ...], config: LoraConfig) -> LowRank:
         [Block(rows=(0, rows), ranks=(0, config.rank), alpha=config.resolved_alpha, rslora=config.rslora)],
         num_experts=lead[0] if lead else None,
         dropout=config.dropout,
-        lr_scale=config.lora_plus_scale,
     )
 
 

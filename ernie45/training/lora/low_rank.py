@@ -51,14 +51,13 @@ class LowRank(nn.Module):
         *,
         num_experts: int | None = None,
         dropout: float = 0.0,
-        lr_scale: float = 1.0,
     ) -> None:
-        """Args: blocks: ordered by rows and by ranks, without gaps between ranks. lr_scale: of B's learning rate.
+        """Args: blocks: ordered by rows and by ranks, without gaps between ranks.
         Raises: ShapeError for other blocks.
         """
         super().__init__()
         self.rows, self.blocks = rows, tuple(blocks)
-        self.dropout, self.lr_scale, self.num_experts = dropout, lr_scale, num_experts
+        self.dropout, self.num_experts = dropout, num_experts
         self._check_blocks()
         lead = () if num_experts is None else (num_experts,)
         self.lora_A = nn.Parameter(torch.empty(*lead, self.rank, columns))

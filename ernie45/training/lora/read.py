@@ -30,13 +30,13 @@ _INNER = ".base_layer"
 def load_adapter(model: CausalLM, folder: str | Path, config: LoraConfig | None = None) -> Adapter:
     """Put a stored adapter into a network, in place, as `put_adapter` does.
 
-    Args: config: dropout and LoRA+ for further training; everything else is the file's. None: no dropout, plain rates.
+    Args: config: dropout for further training; everything else is the file's. None: no dropout.
     Raises: NotFoundError, CheckpointError for an adapter that cannot be read in full or belongs to another network.
     """
     adapter = adapter_from(read_adapter(folder), model.config)
     for lora in adapter.values():
         if config is not None:
-            lora.dropout, lora.lr_scale = config.dropout, config.lora_plus_scale
+            lora.dropout = config.dropout
     put_adapter(model, adapter)
     return adapter
 
