@@ -138,7 +138,7 @@ def test_extremes_leave_out_what_is_not_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.25, "0.2 s"), (59, "59.0 s"), (61, "1 min 1 s"), (3723.5, "1 h 2 min"), (math.nan, "-")]
+    ("seconds", "text"), [(0.25, "0.2 s"), (59, "59.0 s"), (61, "1 min 01 s"), (3723.5, "1 h 02 min"), (math.nan, "-")]
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
