@@ -9,8 +9,8 @@ depends on seed and step alone: no state to carry, nothing to replay after a pre
 can be verified by sampling as always: a guess is right with the probability that the distribution gives it, which is
 what exact rejection sampling accepts of a draft without a distribution of its own.
 
-Probabilities are float64. What scales with the vocabulary of 103424 is an exponential and a sum; filters sort only what can
-survive them. NumPy, because one thread is enough for that and waking others is not free.
+Probabilities are float64. What scales with the vocabulary of 103424 is an exponential and a sum, on one thread, because waking
+others is not free: a kernel where nothing filters, NumPy where something does; filters sort only what can survive them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,15 @@ from torch import Tensor
 from ernie45.engine.params import SamplingParams
 from ernie45.engine.pieces import TokenLogprob
 from ernie45.errors import RequestError
+from ernie45.kernels.sampling import NOT_FINITE, NOTHING_TO_DRAW, draw, logprob, place_of, uniform
+
+_REFUSALS = {
+    NOTHING_TO_DRAW: "every token is banned here: mask, bad_words, min_tokens and end tokens leave nothing to choose",
+    NOT_FINITE: "the model's logits are not finite: the weights or the activations overflow in this dtype",
+}
+
+_LEAST_TEMPERATURE = 1e-6
+"""A smaller one, other than 0, counts as this."""
 
 Ids = NDArray[np.intp]
 Probs = NDArray[np.float64]
@@ -103,41 +112,51 @@ def sample(
         logits_V = logits_V.masked_fill(~allowed_V[: len(logits_V)].to(logits_V.device), -math.inf)
     if banned:
         logits_V = logits_V.index_fill(0, torch.tensor(banned, device=logits_V.device), -math.inf)
-    # NumPy's argmax takes a thirtieth of torch's time: 6 us. Both give the lowest of equals, and NaN is the largest.
-    values: NDArray[Any] = logits_V.cpu().numpy()
-    best_id = int(values.argmax())
-    best = float(values[best_id])
-    if best == -math.inf:
-        raise RequestError(
-            "every token is banned here: mask, bad_words, min_tokens and end tokens leave nothing to choose"
-        )
-    if not math.isfinite(best):
-        raise RequestError("the model's logits are not finite: the weights or the activations overflow in this dtype")
+    logits_V = logits_V.cpu().contiguous()
+    temperature = max(params.temperature, _LEAST_TEMPERATURE)
     if params.temperature == 0:
-        return best_id
-    # Not divided by their sum: filters and draw compare shares of it. The largest is 1.
-    probs_V: Probs = np.exp((values - np.float32(best)).astype(np.float64) / max(params.temperature, 1e-6))
-    ids = _kept(probs_V, params)
-    probs = probs_V if ids is None else probs_V[ids]
-    cumulative: Probs = torch.from_numpy(probs).cumsum(-1).numpy()
-    target = uniform(seed, len(output)) * float(cumulative[-1])
-    at = int(np.searchsorted(cumulative, target, side="right"))
-    if at == len(cumulative):  # rounding can push the target to the very end of the sum
-        at = int(np.flatnonzero(probs)[-1])
-    return at if ids is None else int(ids[at])
-
-
-def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) that depends on seed and step alone (Philox, counter-based)."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=step)).random())
+        token = _best(logits_V)
+    elif params.min_p > 0 or params.top_k > 0 or params.top_p < 1:
+        token = _draw_filtered(logits_V, params, temperature, seed, len(output))
+    else:
+        token = draw(logits_V, temperature, seed, len(output))
+    if token in _REFUSALS:
+        raise RequestError(_REFUSALS[token])
+    return token
 
 
 def token_logprob(logits_V: Tensor, token: int, num_top: int) -> TokenLogprob:
     """Log-probability of `token` and of the `num_top` best, from raw logits."""
+    if num_top == 0:
+        return TokenLogprob(id=token, logprob=logprob(logits_V.float().cpu().contiguous(), token), top=())
     logprobs = logits_V.float().log_softmax(-1)
     values, ids = logprobs.topk(num_top)
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(id=token, logprob=float(logprobs[token]), top=top)
+
+
+def _best(logits_V: Tensor) -> int:
+    """The lowest id of the largest logit, or what refuses them."""
+    # NumPy's argmax takes a thirtieth of torch's time: 6 us. Both give the lowest of equals, and NaN is the largest.
+    values: NDArray[Any] = logits_V.numpy()
+    token = int(values.argmax())
+    if values[token] == -math.inf:
+        return NOTHING_TO_DRAW
+    return token if math.isfinite(values[token]) else NOT_FINITE
+
+
+def _draw_filtered(logits_V: Tensor, params: SamplingParams, temperature: float, seed: int, step: int) -> int:
+    """What `draw` does, among the ids that the filters leave."""
+    best = _best(logits_V)
+    if best in _REFUSALS:
+        return best
+    values: NDArray[Any] = logits_V.numpy()
+    # Not divided by their sum: filters and draw compare shares of it. The largest is 1.
+    probs_V: Probs = np.exp((values - values[best]).astype(np.float64) / temperature)
+    ids = _kept(probs_V, params)
+    probs = probs_V if ids is None else probs_V[ids]
+    at = place_of(uniform(seed, step), torch.from_numpy(probs).cumsum(-1).numpy())
+    return at if ids is None else int(ids[at])
 
 
 def _kept(probs_V: Probs, params: SamplingParams) -> Ids | None:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie45.engine.params import SamplingParams
-from ernie45.engine.sampling import penalise, sample, token_logprob, uniform
+from ernie45.engine.sampling import penalise, sample, token_logprob
 from ernie45.errors import RequestError
+from ernie45.kernels.sampling import uniform
 
 
 def _kept(probs: list[float], params: SamplingParams) -> dict[int, float]:
