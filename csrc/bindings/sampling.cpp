@@ -19,8 +19,8 @@ using Logits = Array<const float, 1>;
 
 std::int64_t bound_draw(const Logits& logits, double temperature, std::uint64_t seed, std::uint64_t step) {
     if (logits.shape(0) == 0) refuse("[draw] expected at least one logit, got none");
-    if (!(temperature > 0) || std::isinf(temperature)) {
-        refuse("[draw] expected a finite temperature above 0, got " + std::to_string(temperature));
+    if (!(temperature >= kLeastTemperature) || std::isinf(temperature)) {
+        refuse("[draw] expected a finite temperature from 1e-6, got " + std::to_string(temperature));
     }
     return draw(logits.data(), logits.shape(0), temperature, seed, step);
 }

@@ -11,18 +11,6 @@
 namespace ernie45 {
 namespace {
 
-const SamplingKernels& sampling_kernels() {
-#if defined(__x86_64__)
-    switch (current_isa()) {
-        case Isa::kAmx:
-        case Isa::kAvx512: return avx512_sampling();
-        case Isa::kAvx2: return avx2_sampling();
-        default: break;
-    }
-#endif
-    return baseline_sampling();
-}
-
 // What a row is whose largest number is -inf or +inf.
 std::int64_t why_not(const float* logits, std::size_t count, float best) {
     const bool any_nan = std::any_of(logits, logits + count, [](float x) { return x != x; });
@@ -43,17 +31,29 @@ std::size_t walk(const double* weights, std::size_t count, double before, double
 
 }  // namespace
 
+const SamplingKernels& sampling_kernels() {
+#if defined(__x86_64__)
+    switch (current_isa()) {
+        case Isa::kAmx:
+        case Isa::kAvx512: return avx512_sampling();
+        case Isa::kAvx2: return avx2_sampling();
+        default: break;
+    }
+#endif
+    return baseline_sampling();
+}
+
 std::int64_t draw(const float* logits, std::size_t count, double temperature, std::uint64_t seed, std::uint64_t step) {
     const SamplingKernels& kernels = sampling_kernels();
     const float best = kernels.largest(logits, count);
     if (std::isinf(best)) return why_not(logits, count, best);
     const double rate = 1 / temperature;
-    const std::size_t blocks = (count + kDrawBlock - 1) / kDrawBlock;
-    const auto size = [&](std::size_t block) { return std::min(kDrawBlock, count - block * kDrawBlock); };
+    const std::size_t blocks = (count + kSamplingBlock - 1) / kSamplingBlock;
+    const auto size = [&](std::size_t block) { return std::min(kSamplingBlock, count - block * kSamplingBlock); };
     thread_local std::vector<double> sums;  // of a block and all before it
     sums.assign(blocks + 1, 0);
     for (std::size_t block = 0; block < blocks; ++block) {
-        sums[block + 1] = sums[block] + kernels.weight_sum(logits + block * kDrawBlock, size(block), best, rate);
+        sums[block + 1] = sums[block] + kernels.weight_sum(logits + block * kSamplingBlock, size(block), best, rate);
     }
     const double total = sums[blocks];
     if (total != total) return kNotFinite;
@@ -62,9 +62,9 @@ std::int64_t draw(const float* logits, std::size_t count, double temperature, st
     auto end = std::upper_bound(sums.begin() + 1, sums.end(), target);
     if (end == sums.end()) end = std::lower_bound(sums.begin() + 1, sums.end(), total);
     const auto block = static_cast<std::size_t>(end - sums.begin()) - 1;
-    double weights[kDrawBlock];
-    kernels.weights(logits + block * kDrawBlock, size(block), best, rate, weights);
-    return static_cast<std::int64_t>(block * kDrawBlock + walk(weights, size(block), sums[block], target));
+    double weights[kSamplingBlock];
+    kernels.weights(logits + block * kSamplingBlock, size(block), best, rate, weights);
+    return static_cast<std::int64_t>(block * kSamplingBlock + walk(weights, size(block), sums[block], target));
 }
 
 double logprob(const float* logits, std::size_t count, std::size_t token) {

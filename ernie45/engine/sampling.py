@@ -27,15 +27,12 @@ from torch import Tensor
 from ernie45.engine.params import SamplingParams
 from ernie45.engine.pieces import TokenLogprob
 from ernie45.errors import RequestError
-from ernie45.kernels.sampling import NOT_FINITE, NOTHING_TO_DRAW, draw, logprob, place_of, uniform
+from ernie45.kernels.sampling import LEAST_TEMPERATURE, NOT_FINITE, NOTHING_TO_DRAW, draw, logprob, place_of, uniform
 
 _REFUSALS = {
     NOTHING_TO_DRAW: "every token is banned here: mask, bad_words, min_tokens and end tokens leave nothing to choose",
     NOT_FINITE: "the model's logits are not finite: the weights or the activations overflow in this dtype",
 }
-
-_LEAST_TEMPERATURE = 1e-6
-"""A smaller one, other than 0, counts as this."""
 
 Ids = NDArray[np.intp]
 Probs = NDArray[np.float64]
@@ -113,7 +110,7 @@ def sample(
     if banned:
         logits_V = logits_V.index_fill(0, torch.tensor(banned, device=logits_V.device), -math.inf)
     logits_V = logits_V.cpu().contiguous()
-    temperature = max(params.temperature, _LEAST_TEMPERATURE)
+    temperature = max(params.temperature, LEAST_TEMPERATURE)
     if params.temperature == 0:
         token = _best(logits_V)
     elif params.min_p > 0 or params.top_k > 0 or params.top_p < 1:

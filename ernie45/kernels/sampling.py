@@ -22,6 +22,9 @@ NOTHING_TO_DRAW = -1
 NOT_FINITE = -2
 """What `draw` answers where some logit is NaN or +inf."""
 
+LEAST_TEMPERATURE = 1e-6
+"""The smallest that `draw` takes, so that all its numbers stay finite."""
+
 _NUM_SEEDS = 2**64
 
 
@@ -30,8 +33,8 @@ def draw(logits_V: Tensor, temperature: float, seed: int, step: int) -> int:
 
     The inverse of the cumulative distribution over ids in ascending order, at `uniform(seed, step)`; float64.
 
-    Args: logits_V: float32, contiguous, on the CPU; -inf is probability 0. temperature: finite, above 0. seed, step: below
-        2^64.
+    Args: logits_V: float32, contiguous, on the CPU; -inf is probability 0. temperature: finite, from
+            LEAST_TEMPERATURE. seed, step: 0 to 2^64 - 1.
     Returns: the id, or NOTHING_TO_DRAW or NOT_FINITE. Raises: ShapeError for other arguments.
     """
     extension = native()
@@ -104,8 +107,8 @@ def uniform_reference(seed: int, step: int) -> float:
 
 def _check_draw(logits_V: Tensor, temperature: float, seed: int, step: int) -> None:
     _check_row("draw", logits_V)
-    if not 0 < temperature < math.inf:
-        raise ShapeError(f"[draw] temperature: expected a finite number above 0, got {temperature}")
+    if not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ShapeError(f"[draw] temperature: expected a finite number from {LEAST_TEMPERATURE}, got {temperature}")
     _check_seed("draw", seed, step)
 
 
