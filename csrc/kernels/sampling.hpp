@@ -18,8 +18,10 @@ constexpr std::int64_t kNotFinite = -2;      // some logit is NaN or +inf
 // first block whose sum with all before it exceeds it, or, by rounding, into the last that adds to the sum; from that block's beginning
 // weights are added one by one. Where rounding leaves nothing that exceeds the number, the block's last id that weighs anything is
 // drawn. An id without weight never is.
-// Expects a row that is not empty and a finite temperature from kLeastTemperature.
-std::int64_t draw(const float* logits, std::size_t count, double temperature, std::uint64_t seed, std::uint64_t step);
+// With top_p below 1 it is the same among the fewest heaviest ids that reach this share of the sum, of equal ones the lowest ids; their
+// weights are added one by one.
+// Expects a row that is not empty, a finite temperature from kLeastTemperature, top_p above 0.
+std::int64_t draw(const float* logits, std::size_t count, double temperature, double top_p, std::uint64_t seed, std::uint64_t step);
 
 // logits[token] - best - log(sum of e^(v - best)): exponentials of float32 (exponential.hpp), added in 16 partial sums of float64. NaN
 // where a logit is NaN or +inf, or all are -inf.
@@ -35,7 +37,7 @@ constexpr std::size_t kSamplingBlock = 512;
 struct SamplingKernels {
     // The largest of all; NaN is passed over.
     float (*largest)(const float* x, std::size_t count);
-    // Weights as above with rate = 1 / temperature, of up to kSamplingBlock ids: one by one, and their sum.
+    // Weights as above with rate = 1 / temperature, one by one, and the sum of up to kSamplingBlock.
     void (*weights)(const float* x, std::size_t count, float best, double rate, double* out);
     double (*weight_sum)(const float* x, std::size_t count, float best, double rate);
     // Sum of e^(v - best) for `logprob`.

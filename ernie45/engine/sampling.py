@@ -10,7 +10,7 @@ can be verified by sampling as always: a guess is right with the probability tha
 what exact rejection sampling accepts of a draft without a distribution of its own.
 
 Probabilities are float64. What scales with the vocabulary of 103424 is an exponential and a sum, on one thread, because waking
-others is not free: a kernel where nothing filters, NumPy where something does; filters sort only what can survive them.
+others is not free: a kernel where nothing but top_p filters, NumPy otherwise; filters sort only what can survive them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,24 @@ from torch import Tensor
 from ernie45.engine.params import SamplingParams
 from ernie45.engine.pieces import TokenLogprob
 from ernie45.errors import RequestError
-from ernie45.kernels.sampling import LEAST_TEMPERATURE, NOT_FINITE, NOTHING_TO_DRAW, draw, logprob, place_of, uniform
+from ernie45.kernels.sampling import (
+    LEAST_TEMPERATURE,
+    NOT_FINITE,
+    NOTHING_TO_DRAW,
+    Ids,
+    Probs,
+    draw,
+    first_above,
+    logprob,
+    nucleus,
+    place_of,
+    uniform,
+)
 
 _REFUSALS = {
     NOTHING_TO_DRAW: "every token is banned here: mask, bad_words, min_tokens and end tokens leave nothing to choose",
     NOT_FINITE: "the model's logits are not finite: the weights or the activations overflow in this dtype",
 }
-
-Ids = NDArray[np.intp]
-Probs = NDArray[np.float64]
 
 
 class LogitsMask(Protocol):
@@ -113,10 +122,10 @@ def sample(
     temperature = max(params.temperature, LEAST_TEMPERATURE)
     if params.temperature == 0:
         token = _best(logits_V)
-    elif params.min_p > 0 or params.top_k > 0 or params.top_p < 1:
+    elif params.min_p > 0 or params.top_k > 0:
         token = _draw_filtered(logits_V, params, temperature, seed, len(output))
     else:
-        token = draw(logits_V, temperature, seed, len(output))
+        token = draw(logits_V, temperature, seed, len(output), params.top_p)
     if token in _REFUSALS:
         raise RequestError(_REFUSALS[token])
     return token
@@ -164,7 +173,7 @@ def _kept(probs_V: Probs, params: SamplingParams) -> Ids | None:
     if 0 < params.top_k < (len(probs_V) if ids is None else len(ids)):
         ids = _narrow(ids, _largest(probs_V if ids is None else probs_V[ids], params.top_k))
     if params.top_p < 1:
-        ids = _narrow(ids, _nucleus(probs_V if ids is None else probs_V[ids], params.top_p))
+        ids = _narrow(ids, nucleus(probs_V if ids is None else probs_V[ids], params.top_p))
     return ids
 
 
@@ -175,29 +184,4 @@ def _narrow(ids: Ids | None, chosen: Ids) -> Ids:
 
 def _largest(probs: Probs, count: int) -> Ids:
     """Places of the `count` largest values, ascending; of equal values the first ones."""
-    return _first_above(probs, float(np.partition(probs, len(probs) - count)[len(probs) - count]), count)
-
-
-def _nucleus(probs: Probs, share: float) -> Ids:
-    """Places of the fewest largest values that reach `share` of the sum, ascending; of equal values the first ones.
-
-    A value below (1 - share) of the mean lies outside: all such values together are less than what the nucleus leaves out. So
-    only the others are sorted, by value alone, which is all that is needed to know the smallest member.
-    """
-    total = float(probs.sum())
-    mass = share * total
-    # Half of it, so that no rounding can matter.
-    candidates = probs[probs > 0.5 * (1 - share) * total / len(probs)]
-    descending = np.sort(candidates)[::-1]
-    needed = min(int((descending.cumsum() < mass).sum()) + 1, len(descending))
-    return _first_above(probs, float(descending[needed - 1]), needed)
-
-
-def _first_above(probs: Probs, threshold: float, count: int) -> Ids:
-    """Places of all values above `threshold`, and of as many equal ones as make `count`; ascending."""
-    places = np.flatnonzero(probs >= threshold)
-    surplus = len(places) - count
-    if surplus == 0:
-        return places
-    equal = np.flatnonzero(probs[places] == threshold)
-    return np.delete(places, equal[len(equal) - surplus :])
+    return first_above(probs, float(np.partition(probs, len(probs) - count)[len(probs) - count]), count)

@@ -45,11 +45,11 @@ def rows(draw_value: Any) -> Tensor:
     return logits.masked_fill(holes, -math.inf)
 
 
-def borders(logits: Tensor, temperature: float) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The share of all weight that ids up to each have, from one sum that rounds as little as NumPy can."""
+def probabilities(logits: Tensor, temperature: float) -> np.ndarray[Any, Any]:
+    """Of each id, in the widest floats that NumPy has."""
     wide = logits.numpy().astype(np.longdouble)
     weights = np.exp((wide - wide.max()) / np.longdouble(temperature))
-    return (weights.cumsum() / weights.sum()).astype(np.float64)
+    return np.asarray(weights / weights.sum())
 
 
 @settings(max_examples=300, **SHARED)
@@ -73,10 +73,61 @@ def test_the_draw_is_the_inverse_of_the_cumulative_distribution(
         expected = draw(logits, temperature, seed, step)
     assert len(set(found)) == 1, "each instruction set gives the same id"
     assert logits[found[0]] > -math.inf
-    shares, target = borders(logits, temperature), uniform(seed, step)
+    shares, target = probabilities(logits, temperature).cumsum(), uniform(seed, step)
     # At a border between two ids the last bits of a sum decide.
     margin = float(np.abs(shares - target).min())
     assert margin < 1e-12 or found[0] == expected == np.searchsorted(shares, target, side="right")
+
+
+@settings(max_examples=150, **SHARED)
+@given(
+    logits=rows(), temperature=st.sampled_from([0.1, 0.8, 3.0, 100.0]),
+    top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.8, 0.99, 1 - 1e-9]), seed=WORDS,
+)  # fmt: skip
+def test_a_nucleus_is_the_fewest_largest_that_reach_top_p(
+    extension: ModuleType, isas: list[str], logits: Tensor, temperature: float, top_p: float, seed: int
+) -> None:
+    found = []
+    for name in isas:
+        extension.set_isa(name)
+        found.append(draw(logits, temperature, seed, 1, top_p))
+    with kernels("reference"):
+        expected = draw(logits, temperature, seed, 1, top_p)
+    assert len(set(found)) == 1, "each instruction set gives the same id"
+    weights = probabilities(logits, temperature)
+    descending = np.argsort(-weights, kind="stable")
+    reached = weights[descending].cumsum()
+    kept = np.sort(descending[: int((reached < top_p).sum()) + 1])
+    shares, target = weights[kept].cumsum() / weights[kept].sum(), uniform(seed, 1)
+    margin = min(float(np.abs(shares - target).min()), float(np.abs(reached - top_p).min()))
+    assert margin < 1e-11 or found[0] == expected == kept[np.searchsorted(shares, target, side="right")]
+
+
+@BOTH
+@pytest.mark.parametrize(("top_p", "members"), [(0.5, 4), (0.51, 5), (1e-9, 1), (0.999, 8), (1.0, 8)])
+def test_of_equals_the_lowest_ids_are_in_the_nucleus(
+    extension: ModuleType, choice: Any, top_p: float, members: int
+) -> None:
+    """Eight of weight 1 among 900 without any."""
+    logits = torch.full((900,), -math.inf)
+    best = list(range(5, 900, 120))
+    logits[best] = 2.0
+    with kernels(choice):
+        assert {draw(logits, 1.0, seed, 0, top_p) for seed in range(200)} == set(best[:members])
+
+
+@BOTH
+def test_a_nucleus_reaches_beyond_what_is_near_the_best(extension: ModuleType, choice: Any) -> None:
+    """One id holds half of the weight, 2^9 and 2^18 others hold the rest: all of them must be found."""
+    for exponent in (9, 18):
+        logits = torch.full((2**exponent + 1,), -exponent * math.log(2))
+        logits[7] = 0.0
+        with kernels(choice):
+            drawn = [draw(logits, 1.0, seed, 0, 0.75) for seed in range(300)]
+        near = 2 ** (exponent - 1)  # half of the others
+        assert max(drawn) <= near + 1
+        assert max(drawn) > 0.9 * near
+        assert 0.55 < drawn.count(7) / 300 < 0.78, "two thirds"
 
 
 @BOTH
@@ -156,6 +207,9 @@ def test_wrong_inputs_are_refused(extension: ModuleType, choice: Any) -> None:
         for temperature in (0.0, -1.0, 1e-7, math.nan, math.inf):
             with pytest.raises(ShapeError, match=rf"temperature: .* from 1e-06, got {temperature}"):
                 draw(good, temperature, 0, 0)
+        for top_p in (0.0, -0.1, 1.1, math.nan):
+            with pytest.raises(ShapeError, match=rf"top_p: .* above 0, up to 1, got {top_p}"):
+                draw(good, 1.0, 0, 0, top_p)
         for seed, step, name in ((-1, 0, "seed"), (2**64, 0, "seed"), (0, 2**64, "step")):
             with pytest.raises(ShapeError, match=rf"\[draw\] {name}: expected a whole number from 0 to 2\^64 - 1"):
                 draw(good, 1.0, seed, step)

@@ -215,9 +215,13 @@ void samplings() {
     for (const std::size_t count : {1, 15, 16, 17, 512, 513, 3000}) {
         const auto logits = normal(count);
         for (std::size_t i = 0; i < count; ++i) logits[i] *= i % 3 == 0 ? 300.0f : 3.0f;
-        everywhere("draw", 50, [&](float* ids) {
-            for (std::uint64_t seed = 0; seed < 50; ++seed) ids[seed] = static_cast<float>(draw(logits.get(), count, 0.7, seed, 3));
-        });
+        for (const double top_p : {1.0, 0.9, 0.1}) {
+            everywhere("draw", 50, [&](float* ids) {
+                for (std::uint64_t seed = 0; seed < 50; ++seed) {
+                    ids[seed] = static_cast<float>(draw(logits.get(), count, 70.0, top_p, seed, 3));
+                }
+            });
+        }
         everywhere("logprob", 2, [&](float* out) {
             const double found = logprob(logits.get(), count, count - 1);
             std::memcpy(out, &found, sizeof found);
