@@ -127,20 +127,21 @@ def measure_sampling(*, repeats: int) -> list[dict[str, Any]]:
     from ernie45.kernels import sampling
 
     torch.set_num_threads(1)  # the kernels use one; NumPy does, too
-    rows = []
+    rows: list[dict[str, Any]] = []
     for vocabulary in _VOCABULARIES:
         count = max(_POOL_BYTES // 8 // (4 * vocabulary), 2)
         logits = list(3 * torch.randn(count, vocabulary, generator=torch.Generator().manual_seed(0)))
-        calls: dict[str, Sequence[Callable[[], Any]]] = {
-            "draw": [partial(sampling.draw, row, 1.0, seed, 0) for seed, row in enumerate(logits)],
-            "draw, reference": [partial(sampling.draw_reference, row, 1.0, seed, 0) for seed, row in enumerate(logits)],
-            "log-probability": [partial(sampling.logprob, row, 0) for row in logits],
-            "log-probability, reference": [partial(sampling.logprob_reference, row, 0) for row in logits],
+        operations: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
+            "draw": (sampling.draw, (1.0, 7, 0)),
+            "draw, reference": (sampling.draw_reference, (1.0, 7, 0)),
+            "draw, top_p 0.8": (sampling.draw, (0.8, 7, 0, 0.8)),
+            "draw, top_p 0.8, reference": (sampling.draw_reference, (0.8, 7, 0, 0.8)),
+            "log-probability": (sampling.logprob, (0,)),
+            "log-probability, reference": (sampling.logprob_reference, (0,)),
         }
-        rows += [
-            {"operation": name, "vocabulary": vocabulary, "seconds": _timed(of_rows, repeats)}
-            for name, of_rows in calls.items()
-        ]
+        for name, (function, arguments) in operations.items():
+            seconds = _timed([partial(function, row, *arguments) for row in logits], repeats)
+            rows.append({"operation": name, "vocabulary": vocabulary, "seconds": seconds})
     return rows
 
 

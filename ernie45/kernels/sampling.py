@@ -134,7 +134,7 @@ def logprob_reference(logits_V: Tensor, token: int) -> float:
 
 
 def uniform_reference(seed: int, step: int) -> float:
-    """What `uniform` computes, to the bit; making NumPy's generator takes 40 us."""
+    """What `uniform` computes, to the bit; making NumPy's generator takes 9 us."""
     return float(np.random.Generator(np.random.Philox(key=seed, counter=step)).random())
 
 

@@ -90,6 +90,8 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     assert [row["operation"] for row in report["sampling"]] == [
         "draw",
         "draw, reference",
+        "draw, top_p 0.8",
+        "draw, top_p 0.8, reference",
         "log-probability",
         "log-probability, reference",
     ]
