@@ -28,7 +28,8 @@ std::int64_t bound_draw(const Logits& logits, double temperature, std::uint64_t 
 
 double bound_logprob(const Logits& logits, std::size_t token) {
     if (token >= logits.shape(0)) {
-        refuse("[logprob] expected a token below " + std::to_string(logits.shape(0)) + ", the number of logits, got " + std::to_string(token));
+        refuse("[logprob] expected a token below " + std::to_string(logits.shape(0)) + ", the number of logits, got " +
+               std::to_string(token));
     }
     return logprob(logits.data(), logits.shape(0), token);
 }
