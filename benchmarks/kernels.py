@@ -1,4 +1,5 @@
-"""What the kernels reach by themselves: products with packed matrices, and attention, in bytes and multiply-adds per second.
+"""What the kernels reach by themselves: products with packed matrices, and attention, in bytes and multiply-adds per second; the
+sampler's draw and log-probability in bytes and exponentials per second.
 
     python benchmarks/kernels.py [--json FILE] [--repeats N] [--threads N]
 
@@ -43,6 +44,8 @@ _ATTENTION = (
     (512, 4096, "bfloat16"),
 )
 """New tokens, tokens in all, dtype of keys and values."""
+_VOCABULARIES = (32768, 103424)
+"""The second is ERNIE's."""
 
 
 def measure_products(*, repeats: int) -> list[dict[str, Any]]:
@@ -117,6 +120,31 @@ def measure_attention(*, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_sampling(*, repeats: int) -> list[dict[str, Any]]:
+    """Draw and log-probability from rows of each vocabulary. Returns: rows with seconds of the kernel and of its reference."""
+    import torch
+
+    from ernie45.kernels import sampling
+
+    torch.set_num_threads(1)  # the kernels use one; NumPy does, too
+    rows: list[dict[str, Any]] = []
+    for vocabulary in _VOCABULARIES:
+        count = max(_POOL_BYTES // 8 // (4 * vocabulary), 2)
+        logits = list(3 * torch.randn(count, vocabulary, generator=torch.Generator().manual_seed(0)))
+        operations: dict[str, tuple[Callable[..., Any], tuple[float, ...]]] = {
+            "draw": (sampling.draw, (1.0, 7, 0)),
+            "draw, reference": (sampling.draw_reference, (1.0, 7, 0)),
+            "draw, top_p 0.8": (sampling.draw, (0.8, 7, 0, 0.8)),
+            "draw, top_p 0.8, reference": (sampling.draw_reference, (0.8, 7, 0, 0.8)),
+            "log-probability": (sampling.logprob, (0,)),
+            "log-probability, reference": (sampling.logprob_reference, (0,)),
+        }
+        for name, (function, arguments) in operations.items():
+            seconds = _timed([partial(function, row, *arguments) for row in logits], repeats)
+            rows.append({"operation": name, "vocabulary": vocabulary, "seconds": seconds})
+    return rows
+
+
 def _use_threads(count: int) -> None:
     """As many threads for the kernels as for torch."""
     from ernie45.kernels.choice import native
@@ -165,6 +193,16 @@ def render(report: dict[str, Any]) -> str:
         ]
         for row in report["attention"]
     ]
+    sampling = [
+        [
+            row["operation"],
+            str(row["vocabulary"]),
+            common.spread_text(common.spread([s * 1e6 for s in row["seconds"]])),
+            f"{4 * row['vocabulary'] / min(row['seconds']) / bandwidth:.0%}",
+            _rates(row["seconds"], row["vocabulary"]),
+        ]
+        for row in report["sampling"]
+    ]
     head = [
         *common.origin_lines(report),
         f"kernels: {report['kernels']}; {report['threads']} threads; median (lowest-highest) of {report['repeats']}",
@@ -183,6 +221,12 @@ def render(report: dict[str, Any]) -> str:
             f"Attention, {_HEADS} query and {_KV_HEADS} key heads of {_HEAD_DIM}, one layer, one sequence:",
             "",
             common.markdown_table(["tokens and cache", *rates], attention, num_words=1),
+            "",
+            "One row of logits, one thread:",
+            "",
+            common.markdown_table(
+                ["operation", "vocabulary", "us", "of plain reads", "G exponentials/s"], sampling, num_words=1
+            ),
         ]
     )
 
@@ -211,6 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         "bandwidth": ("benchmarks.common:measure_bandwidth", size),
         "products": ("benchmarks.kernels:measure_products", {"repeats": options.repeats}),
         "attention": ("benchmarks.kernels:measure_attention", {"repeats": options.repeats}),
+        "sampling": ("benchmarks.kernels:measure_sampling", {"repeats": options.repeats}),
         "kernels": ("benchmarks.kernels:kernels_in_use", {}),
     }
     report: dict[str, Any] = {}

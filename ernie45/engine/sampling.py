@@ -9,8 +9,8 @@ depends on seed and step alone: no state to carry, nothing to replay after a pre
 can be verified by sampling as always: a guess is right with the probability that the distribution gives it, which is
 what exact rejection sampling accepts of a draft without a distribution of its own.
 
-Probabilities are float64. What scales with the vocabulary of 103424 is an exponential and a sum; filters sort only what can
-survive them. NumPy, because one thread is enough for that and waking others is not free.
+Probabilities are float64. What scales with the vocabulary of 103424 is an exponential and a sum, on one thread, because waking
+others is not free: a kernel where nothing but top_p filters, NumPy otherwise; filters sort only what can survive them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,24 @@ from torch import Tensor
 from ernie45.engine.params import SamplingParams
 from ernie45.engine.pieces import TokenLogprob
 from ernie45.errors import RequestError
+from ernie45.kernels.sampling import (
+    LEAST_TEMPERATURE,
+    NOT_FINITE,
+    NOTHING_TO_DRAW,
+    Ids,
+    Probs,
+    draw,
+    first_above,
+    logprob,
+    nucleus,
+    place_of,
+    uniform,
+)
 
-Ids = NDArray[np.intp]
-Probs = NDArray[np.float64]
+_REFUSALS = {
+    NOTHING_TO_DRAW: "every token is banned here: mask, bad_words, min_tokens and end tokens leave nothing to choose",
+    NOT_FINITE: "the model's logits are not finite: the weights or the activations overflow in this dtype",
+}
 
 
 class LogitsMask(Protocol):
@@ -103,41 +118,51 @@ def sample(
         logits_V = logits_V.masked_fill(~allowed_V[: len(logits_V)].to(logits_V.device), -math.inf)
     if banned:
         logits_V = logits_V.index_fill(0, torch.tensor(banned, device=logits_V.device), -math.inf)
-    # NumPy's argmax takes a thirtieth of torch's time: 6 us. Both give the lowest of equals, and NaN is the largest.
-    values: NDArray[Any] = logits_V.cpu().numpy()
-    best_id = int(values.argmax())
-    best = float(values[best_id])
-    if best == -math.inf:
-        raise RequestError(
-            "every token is banned here: mask, bad_words, min_tokens and end tokens leave nothing to choose"
-        )
-    if not math.isfinite(best):
-        raise RequestError("the model's logits are not finite: the weights or the activations overflow in this dtype")
+    logits_V = logits_V.cpu().contiguous()
+    temperature = max(params.temperature, LEAST_TEMPERATURE)
     if params.temperature == 0:
-        return best_id
-    # Not divided by their sum: filters and draw compare shares of it. The largest is 1.
-    probs_V: Probs = np.exp((values - np.float32(best)).astype(np.float64) / max(params.temperature, 1e-6))
-    ids = _kept(probs_V, params)
-    probs = probs_V if ids is None else probs_V[ids]
-    cumulative: Probs = torch.from_numpy(probs).cumsum(-1).numpy()
-    target = uniform(seed, len(output)) * float(cumulative[-1])
-    at = int(np.searchsorted(cumulative, target, side="right"))
-    if at == len(cumulative):  # rounding can push the target to the very end of the sum
-        at = int(np.flatnonzero(probs)[-1])
-    return at if ids is None else int(ids[at])
-
-
-def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) that depends on seed and step alone (Philox, counter-based)."""
-    return float(np.random.Generator(np.random.Philox(key=seed, counter=step)).random())
+        token = _best(logits_V)
+    elif params.min_p > 0 or params.top_k > 0:
+        token = _draw_filtered(logits_V, params, temperature, seed, len(output))
+    else:
+        token = draw(logits_V, temperature, seed, len(output), params.top_p)
+    if token in _REFUSALS:
+        raise RequestError(_REFUSALS[token])
+    return token
 
 
 def token_logprob(logits_V: Tensor, token: int, num_top: int) -> TokenLogprob:
     """Log-probability of `token` and of the `num_top` best, from raw logits."""
+    if num_top == 0:
+        return TokenLogprob(id=token, logprob=logprob(logits_V.float().cpu().contiguous(), token), top=())
     logprobs = logits_V.float().log_softmax(-1)
     values, ids = logprobs.topk(num_top)
     top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(id=token, logprob=float(logprobs[token]), top=top)
+
+
+def _best(logits_V: Tensor) -> int:
+    """The lowest id of the largest logit, or what refuses them."""
+    # NumPy's argmax takes a thirtieth of torch's time: 6 us. Both give the lowest of equals, and NaN is the largest.
+    values: NDArray[Any] = logits_V.numpy()
+    token = int(values.argmax())
+    if values[token] == -math.inf:
+        return NOTHING_TO_DRAW
+    return token if math.isfinite(values[token]) else NOT_FINITE
+
+
+def _draw_filtered(logits_V: Tensor, params: SamplingParams, temperature: float, seed: int, step: int) -> int:
+    """What `draw` does, among the ids that the filters leave."""
+    best = _best(logits_V)
+    if best in _REFUSALS:
+        return best
+    values: NDArray[Any] = logits_V.numpy()
+    # Not divided by their sum: filters and draw compare shares of it. The largest is 1.
+    probs_V: Probs = np.exp((values - values[best]).astype(np.float64) / temperature)
+    ids = _kept(probs_V, params)
+    probs = probs_V if ids is None else probs_V[ids]
+    at = place_of(uniform(seed, step), torch.from_numpy(probs).cumsum(-1).numpy())
+    return at if ids is None else int(ids[at])
 
 
 def _kept(probs_V: Probs, params: SamplingParams) -> Ids | None:
@@ -148,7 +173,7 @@ def _kept(probs_V: Probs, params: SamplingParams) -> Ids | None:
     if 0 < params.top_k < (len(probs_V) if ids is None else len(ids)):
         ids = _narrow(ids, _largest(probs_V if ids is None else probs_V[ids], params.top_k))
     if params.top_p < 1:
-        ids = _narrow(ids, _nucleus(probs_V if ids is None else probs_V[ids], params.top_p))
+        ids = _narrow(ids, nucleus(probs_V if ids is None else probs_V[ids], params.top_p))
     return ids
 
 
@@ -159,29 +184,4 @@ def _narrow(ids: Ids | None, chosen: Ids) -> Ids:
 
 def _largest(probs: Probs, count: int) -> Ids:
     """Places of the `count` largest values, ascending; of equal values the first ones."""
-    return _first_above(probs, float(np.partition(probs, len(probs) - count)[len(probs) - count]), count)
-
-
-def _nucleus(probs: Probs, share: float) -> Ids:
-    """Places of the fewest largest values that reach `share` of the sum, ascending; of equal values the first ones.
-
-    A value below (1 - share) of the mean lies outside: all such values together are less than what the nucleus leaves out. So
-    only the others are sorted, by value alone, which is all that is needed to know the smallest member.
-    """
-    total = float(probs.sum())
-    mass = share * total
-    # Half of it, so that no rounding can matter.
-    candidates = probs[probs > 0.5 * (1 - share) * total / len(probs)]
-    descending = np.sort(candidates)[::-1]
-    needed = min(int((descending.cumsum() < mass).sum()) + 1, len(descending))
-    return _first_above(probs, float(descending[needed - 1]), needed)
-
-
-def _first_above(probs: Probs, threshold: float, count: int) -> Ids:
-    """Places of all values above `threshold`, and of as many equal ones as make `count`; ascending."""
-    places = np.flatnonzero(probs >= threshold)
-    surplus = len(places) - count
-    if surplus == 0:
-        return places
-    equal = np.flatnonzero(probs[places] == threshold)
-    return np.delete(places, equal[len(equal) - surplus :])
+    return first_above(probs, float(np.partition(probs, len(probs) - count)[len(probs) - count]), count)

@@ -19,6 +19,7 @@ def test_rates_follow_from_seconds() -> None:
         "attention": [
             {"fresh": 1, "length": 64, "dtype": "int8", "size_bytes": 10**6, "multiply_adds": 3 * 10**6, "seconds": [1e-4]}
         ],
+        "sampling": [{"operation": "draw", "vocabulary": 10**5, "seconds": [1e-4, 2e-4]}],
         "machine": {
             "cpu": "C", "cores": 2, "features": [], "features_absent": [], "last_level_cache_bytes": None,
             "memory_bytes": None, "system": "S",
@@ -42,6 +43,14 @@ def test_rates_follow_from_seconds() -> None:
         "50%",
         "30.0 (30.0-30.0)",
     ]
+    (draw,) = [line for line in lines if line.startswith("| draw")]
+    # 0.4 MB in 0.1 ms are 4 GB/s, a fifth of plain reads; 10^5 exponentials in it are 1 G/s.
+    assert [cell.strip() for cell in draw.strip("|").split("|")][1:] == [
+        "100000",
+        "150 (100-200)",
+        "20%",
+        "0.750 (0.500-1.00)",
+    ]
 
 
 def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -56,9 +65,11 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     ):
         monkeypatch.setattr(kernels, name, value)
     monkeypatch.setattr(kernels, "_ATTENTION", ((1, 40, "int8"), (4, 20, "bfloat16")))
+    monkeypatch.setattr(kernels, "_VOCABULARIES", (3000,))
     functions: dict[str, Any] = {
         "benchmarks.kernels:measure_products": kernels.measure_products,
         "benchmarks.kernels:measure_attention": kernels.measure_attention,
+        "benchmarks.kernels:measure_sampling": kernels.measure_sampling,
         "benchmarks.kernels:kernels_in_use": kernels.kernels_in_use,
         "benchmarks.common:measure_bandwidth": lambda **_: {"bytes_per_s": 1e10, "torch_cpu_capability": "X"},
     }
@@ -76,6 +87,15 @@ def test_a_small_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     four, eight = report["products"][0]["size_bytes"], report["products"][-1]["size_bytes"]
     assert four == 64 * 128 / 2 + 64 * 2 * 2
     assert eight == 64 * 128 + 64 * 2 * 2
+    assert [row["operation"] for row in report["sampling"]] == [
+        "draw",
+        "draw, reference",
+        "draw, top_p 0.8",
+        "draw, top_p 0.8, reference",
+        "log-probability",
+        "log-probability, reference",
+    ]
+    assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in report["sampling"])
     # 4 new of 20: the first sees 17 tokens, the last 20.
     assert report["attention"][1]["multiply_adds"] == 2 * 20 * 128 * (17 + 18 + 19 + 20)
     assert "native kernels" in capsys.readouterr().out

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ernie45.engine.params import SamplingParams
-from ernie45.engine.sampling import penalise, sample, token_logprob, uniform
+from ernie45.engine.sampling import penalise, sample, token_logprob
 from ernie45.errors import RequestError
+from ernie45.kernels.choice import kernels
+from ernie45.kernels.native import status
+from ernie45.kernels.sampling import draw, uniform
 
 
 def _kept(probs: list[float], params: SamplingParams) -> dict[int, float]:
@@ -67,6 +70,28 @@ def test_uniform_depends_on_seed_and_step_alone() -> None:
     assert len(drawn) == 400
     assert 0 <= min(drawn) < max(drawn) < 1
     assert abs(sum(drawn) / 400 - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("choice", ["native", "reference"])
+def test_without_filters_the_draw_is_the_kernel_s(choice: Any) -> None:
+    """Of any dtype and strides, at the step that the output's length is; a temperature near 0 counts as the least."""
+    if choice == "native" and not status().available:
+        pytest.skip("there is one path only")
+    wide = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with kernels(choice):
+        for logits in (wide[:, 1], wide[:, 1].bfloat16(), wide.float()[:, 1]):
+            plain = logits.float().contiguous()
+            for temperature in (0.7, 1e-9):
+                drawn = [
+                    sample(logits, SamplingParams(temperature=temperature), seed=9, prompt=[0], output=[0] * step)
+                    for step in range(20)
+                ]
+                assert drawn == [draw(plain, max(temperature, 1e-6), 9, step) for step in range(20)]
+                assert len(set(drawn)) > 5 or temperature < 1e-6
+            expected = float(plain.double().log_softmax(-1)[4])
+            for num_top in (0, 2):
+                assert token_logprob(logits, 4, num_top).logprob == pytest.approx(expected, abs=1e-6)
+            assert token_logprob(logits, 4, 0).top == ()
 
 
 def test_frequencies_match_the_distribution() -> None:

@@ -3,6 +3,7 @@
 // Results must be the same bits everywhere, which is checked too.
 #include <array>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +18,7 @@
 #include "kernels/isa.hpp"
 #include "kernels/packed_ops.hpp"
 #include "kernels/router.hpp"
+#include "kernels/sampling.hpp"
 #include "kernels/thread_pool.hpp"
 
 namespace {
@@ -209,6 +211,36 @@ void routers() {
     }
 }
 
+void samplings() {
+    for (const std::size_t count : {1, 15, 16, 17, 512, 513, 3000}) {
+        const auto logits = normal(count);
+        for (std::size_t i = 0; i < count; ++i) logits[i] *= i % 3 == 0 ? 300.0f : 3.0f;
+        for (const double top_p : {1.0, 0.9, 0.1}) {
+            everywhere("draw", 50, [&](float* ids) {
+                for (std::uint64_t seed = 0; seed < 50; ++seed) {
+                    ids[seed] = static_cast<float>(draw(logits.get(), count, 70.0, top_p, seed, 3));
+                }
+            });
+        }
+        everywhere("logprob", 2, [&](float* out) {
+            const double found = logprob(logits.get(), count, count - 1);
+            std::memcpy(out, &found, sizeof found);
+        });
+        const std::size_t part = count < kSamplingBlock ? count : kSamplingBlock;
+        everywhere("weights", 2 * part, [&](float* out) {
+            const auto weights = exactly<double>(part);
+            sampling_kernels().weights(logits.get(), part, 1000.0f, 0.9, weights.get());
+            for (std::size_t i = 0; i < part; ++i) {
+                const double x = static_cast<double>(logits[i] - 1000.0f) * 0.9, expected = x < -708 ? 0 : std::exp(x);
+                if (std::abs(weights[i] - expected) <= 1e-15 * expected) continue;
+                std::printf("e^%.17g is %.17g, not %.17g\n", x, expected, weights[i]);
+                std::exit(1);
+            }
+            std::memcpy(out, weights.get(), part * sizeof(double));
+        });
+    }
+}
+
 // Jobs from several threads, while another changes the thread count and one job sleeps between two.
 void pool() {
     std::vector<std::thread> threads;
@@ -237,6 +269,7 @@ int main() {
     norms();
     attentions();
     routers();
+    samplings();
     pool();
     stop_threads();
     std::puts("clean");
