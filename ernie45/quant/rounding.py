@@ -83,12 +83,13 @@ def quantize_absmax(weights_NK: Tensor, format: PackedFormat) -> Quantized:
 def round_absmax(weights_NK: Tensor, format: PackedFormat) -> tuple[Tensor, Tensor]:
     """What `quantize_absmax` gives, unmeasured: values, int8 (N, K), and scales, float16 of shape `format.scale_shape`."""
     groups_NSC, _ = _grouped(weights_NK, format, None)
-    scales = _plain_scales(groups_NSC, format)
     values_NSC = torch.empty(groups_NSC.shape, dtype=torch.int8)
+    scales = []
     step = _rows_at_a_time(groups_NSC)
-    for into, groups, scale in zip(values_NSC.split(step), groups_NSC.split(step), scales.split(step), strict=True):
-        into.copy_(round_to(groups, scale, format))
-    return values_NSC.flatten(1)[:, : weights_NK.shape[1]].contiguous(), scales.half()
+    for into, groups in zip(values_NSC.split(step), groups_NSC.split(step), strict=True):
+        scales.append(_plain_scales(groups, format))
+        into.copy_(round_to(groups, scales[-1], format))
+    return values_NSC.flatten(1)[:, : weights_NK.shape[1]].contiguous(), torch.cat(scales).half()
 
 
 def round_to(weights: Tensor, scales: Tensor, format: PackedFormat) -> Tensor:

@@ -1,10 +1,12 @@
 """A network of 8-bit weights that follows one in training: rollouts from it are several times as fast as from its float32 twin.
 
-It is not quite the policy that learns: every weight is rounded to one of 255 steps of its group of 64. How far apart the two are is
-logged (`policy/sampler_kl`), and `upo.sampler_ratio_cap` corrects for it.
+It is not quite the policy that learns: weights and what they are multiplied with are rounded to one of 255 steps of their group of 64.
+How far apart the two are is logged (`policy/sampler_kl`), and `upo.sampler_ratio_cap` corrects for it.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,8 @@ from ernie45.models.text import CausalLM
 from ernie45.quant.layers import swap_leaves
 from ernie45.quant.plan import PackedParameter, packing_plan
 from ernie45.quant.rounding import round_absmax
-from ernie45.quant.scheme import make_scheme
+from ernie45.quant.scheme import Scheme, make_scheme
 from ernie45.training.sampler_weights import check_names, sampled_weights
-
-_SCHEME = "wint8"
 
 
 class PackedTwin:
@@ -27,13 +27,14 @@ class PackedTwin:
 
     def __init__(self, model: CausalLM) -> None:
         """Args: model: float weights, adapters allowed. Raises: CheckpointError for a model that is packed itself."""
-        plan = packing_plan(model.config, make_scheme(_SCHEME))
+        plan = packing_plan(model.config, _scheme())
         self._parameters = {parameter.name: parameter for parameter in plan.packed}
         self._matrices = {parameter.name: _empty_matrices(parameter) for parameter in plan.packed}
         self.network = build_model(model.config, dtype=torch.float32, device="meta")
         swap_leaves(self.network, self._matrices)
         self.network.to_empty(device="cpu").requires_grad_(False).eval()
         use_kernel_leaves(self.network)
+        self.network.kv_dtype = torch.bfloat16  # as of every packed network
         self.renew(model)
 
     @torch.no_grad()
@@ -48,6 +49,13 @@ class PackedTwin:
             by_matrix = weights if parameter.experts is not None else weights[None]
             for matrix, weights_NK in zip(self._matrices[name], by_matrix, strict=True):
                 _write(matrix, weights_NK, interleaved=parameter.interleaved)
+
+
+def _scheme() -> Scheme:
+    """`wint8`, but with activations of 8 bits instead of 16: rollouts are a fifth faster and 0.0002 nats per token further away."""
+    plain = make_scheme("wint8")
+    rules = (replace(rule, format=replace(rule.format, activation_bits=8)) for rule in plain.rules)
+    return replace(plain, rules=tuple(rules))
 
 
 def _empty_matrices(parameter: PackedParameter) -> tuple[PackedMatrix, ...]:
