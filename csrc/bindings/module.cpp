@@ -5,6 +5,7 @@
 
 #include "bindings/attention.hpp"
 #include "bindings/packed.hpp"
+#include "bindings/swiglu.hpp"
 #include "kernels/cpu_features.hpp"
 
 namespace nb = nanobind;
@@ -67,4 +68,5 @@ NB_MODULE(_native, m) {
           "How this module was compiled: package version, compiler, flags, build type, ABI, Python and nanobind versions.");
     ernie45::bind_packed(m);
     ernie45::bind_attention(m);
+    ernie45::bind_swiglu(m);
 }

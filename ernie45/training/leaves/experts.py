@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ernie45.kernels.router import Routing, expert_groups
+from ernie45.kernels.swiglu import swiglu, swiglu_backward
 from ernie45.layers.linear import add_residual
 from ernie45.layers.moe import Experts
 from ernie45.training.leaves.precision import product_dtype, sum_dtype
-from ernie45.training.leaves.swiglu import swiglu, swiglu_backward
 
 
 class TrainingExperts(Experts):
@@ -65,10 +65,12 @@ class _GroupedExperts(torch.autograd.Function):
     ) -> Tensor:
         products_LJ = x_TH.new_empty(len(tokens_L) if keeps_products else max(counts), up_gate_EJH.shape[1])
         outputs_LH = x_TH.new_empty(len(tokens_L), x_TH.shape[1])
+        hidden_LI = x_TH.new_empty(max(counts), down_EHI.shape[2])
         for expert, here in expert_groups(counts):
             products = products_LJ[here] if keeps_products else products_LJ[: counts[expert]]
             torch.mm(x_TH.index_select(0, tokens_L[here]), up_gate_EJH[expert].t(), out=products)
-            torch.mm(swiglu(products), down_EHI[expert].t(), out=outputs_LH[here])
+            hidden = swiglu(products, hidden_LI[: counts[expert]])
+            torch.mm(hidden, down_EHI[expert].t(), out=outputs_LH[here])
         kept = products_LJ if keeps_products else None
         ctx.save_for_backward(x_TH, up_gate_EJH, down_EHI, weights_L, tokens_L, slots_TK, kept)
         ctx.counts = counts
@@ -78,24 +80,21 @@ class _GroupedExperts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, up_gate_EJH, down_EHI, weights_L, tokens_L, slots_TK, products_LJ = ctx.saved_tensors
         needs_x, needs_up_gate, needs_down, needs_weights = ctx.needs_input_grad[:4]
-        dy_TH = grads[0].to(x_TH.dtype)
+        dy_TH, weights_L = grads[0].to(x_TH.dtype), weights_L.detach()
         d_x_LH = x_TH.new_empty(len(tokens_L), x_TH.shape[1]) if needs_x else None
         d_up_gate_EJH = torch.empty_like(up_gate_EJH) if needs_up_gate else None
         d_down_EHI = torch.empty_like(down_EHI) if needs_down else None
         d_weights_L = torch.empty_like(weights_L) if needs_weights else None
-        ones_I = x_TH.new_ones(down_EHI.shape[2])  # a product sums rows ten times as fast as a reduction
+        hidden_LI = x_TH.new_empty(max(ctx.counts), down_EHI.shape[2])
+        d_products_LJ = x_TH.new_empty(max(ctx.counts), up_gate_EJH.shape[1])
         for expert, here in expert_groups(ctx.counts):
             x, dy = x_TH.index_select(0, tokens_L[here]), dy_TH.index_select(0, tokens_L[here])
             products = torch.mm(x, up_gate_EJH[expert].t()) if products_LJ is None else products_LJ[here]
-            gate, up = products.chunk(2, dim=-1)
-            silu = F.silu(gate)
-            hidden, d_hidden = silu * up, torch.mm(dy, down_EHI[expert])
-            if d_weights_L is not None:
-                torch.mv(hidden * d_hidden, ones_I, out=d_weights_L[here])
-            weights = weights_L[here, None]
+            hidden = torch.mm(dy, down_EHI[expert], out=hidden_LI[: len(x)])  # its gradient, until the next line
+            dots = None if d_weights_L is None else d_weights_L[here]
+            d_products = swiglu_backward(products, hidden, weights_L[here], dots, d_products_LJ[: len(x)])
             if d_down_EHI is not None:
-                torch.mm(dy.t(), hidden.mul_(weights), out=d_down_EHI[expert])
-            d_products = swiglu_backward(products, silu, d_hidden.mul_(weights))
+                torch.mm(dy.t(), hidden, out=d_down_EHI[expert])
             if d_up_gate_EJH is not None:
                 torch.mm(d_products.t(), x, out=d_up_gate_EJH[expert])
             if d_x_LH is not None:
