@@ -19,6 +19,7 @@ from ernie45.kernels.swiglu import swiglu, swiglu_backward
 from ernie45.layers.ffn import SwiGLU
 from ernie45.layers.linear import Linear, add_residual
 from ernie45.training.leaves.precision import product_dtype
+from ernie45.training.leaves.scratch import scratch, take
 
 
 class TrainingSwiGLU(SwiGLU):
@@ -74,7 +75,9 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         products_TJ = F.linear(x_TH, up_gate_JH, up_gate_bias_J)
         ctx.save_for_backward(x_TH, up_gate_JH, up_gate_bias_J, down_HI, products_TJ if keeps_products else None)
-        return F.linear(swiglu(products_TJ), down_HI, down_bias_H)
+        with scratch():
+            hidden_TI = swiglu(products_TJ, take(x_TH, len(x_TH), down_HI.shape[1]))
+            return F.linear(hidden_TI, down_HI, down_bias_H)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -83,13 +86,15 @@ class _FeedForward(torch.autograd.Function):
         dy_TH = grads[0]
         if products_TJ is None:
             products_TJ = F.linear(x_TH, up_gate_JH, up_gate_bias_J)
-        hidden_TI = dy_TH @ down_HI  # its gradient, until the next line
-        d_products_TJ = swiglu_backward(products_TJ, hidden_TI)
-        return (
-            d_products_TJ @ up_gate_JH if needs_x else None,
-            d_products_TJ.t() @ x_TH if needs_up_gate else None,
-            d_products_TJ.sum(0) if needs_up_gate_bias else None,
-            dy_TH.t() @ hidden_TI if needs_down else None,
-            dy_TH.sum(0) if needs_down_bias else None,
-            None,
-        )
+        with scratch():
+            hidden_TI = take(dy_TH, len(dy_TH), down_HI.shape[1])
+            torch.mm(dy_TH, down_HI, out=hidden_TI)  # its gradient, until the next line
+            d_products_TJ = swiglu_backward(products_TJ, hidden_TI, out_TJ=take(dy_TH, *products_TJ.shape))
+            return (
+                d_products_TJ @ up_gate_JH if needs_x else None,
+                d_products_TJ.t() @ x_TH if needs_up_gate else None,
+                d_products_TJ.sum(0) if needs_up_gate_bias else None,
+                dy_TH.t() @ hidden_TI if needs_down else None,
+                dy_TH.sum(0) if needs_down_bias else None,
+                None,
+            )
