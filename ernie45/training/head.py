@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ernie45.errors import ConfigError, ShapeError
 from ernie45.training.batch import IGNORED
+from ernie45.training.leaves.embedding import TrainingEmbedding
 from ernie45.training.leaves.precision import sum_dtype
 from ernie45.training.leaves.scratch import scratch, take
 
@@ -90,7 +91,11 @@ def _matrix(net: TrainingNetwork) -> tuple[Tensor, Tensor | None]:
     """The head's own matrix or the embedding's, and its bias."""
     head = net.model.lm_head
     tied = getattr(head, "weight", None) is None
-    weight = getattr(net.model.model.embed_tokens, "weight", None) if tied else head.weight
+    embedding = net.model.model.embed_tokens
+    if not tied:
+        weight = head.weight
+    else:
+        weight = embedding.for_head() if isinstance(embedding, TrainingEmbedding) else getattr(embedding, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ConfigError(
             f"the head ({type(head).__name__}) has no matrix of a floating-point dtype that losses can be taken through: "
