@@ -92,10 +92,13 @@ def _matrix(net: TrainingNetwork) -> tuple[Tensor, Tensor | None]:
     head = net.model.lm_head
     tied = getattr(head, "weight", None) is None
     embedding = net.model.model.embed_tokens
+    weight: Tensor | None
     if not tied:
         weight = head.weight
     else:
-        weight = embedding.for_head() if isinstance(embedding, TrainingEmbedding) else getattr(embedding, "weight", None)
+        weight = (
+            embedding.for_head() if isinstance(embedding, TrainingEmbedding) else getattr(embedding, "weight", None)
+        )
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ConfigError(
             f"the head ({type(head).__name__}) has no matrix of a floating-point dtype that losses can be taken through: "

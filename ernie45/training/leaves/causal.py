@@ -136,7 +136,9 @@ def _ungrouped(x: Tensor, group: Group, heads_per_key: int) -> Tensor:
     return by_key.transpose(1, 2)
 
 
-def _put(rows_TX: Tensor, rows: slice | Tensor, x: Tensor, group: Group, heads_per_key: int, *, adds: bool = False) -> None:
+def _put(
+    rows_TX: Tensor, rows: slice | Tensor, x: Tensor, group: Group, heads_per_key: int, *, adds: bool = False
+) -> None:
     """Write what is grouped by key head into rows of (T, G heads D), or add it there."""
     values = _ungrouped(x, group, heads_per_key)
     if isinstance(rows, slice):

@@ -98,10 +98,9 @@ class _GroupedExperts(torch.autograd.Function):
                 count = ctx.counts[expert]
                 x = torch.index_select(x_TH, 0, tokens_L[here], out=x_LH[:count])
                 dy = torch.index_select(dy_TH, 0, tokens_L[here], out=dy_LH[:count])
+                products = again_LJ[:count] if products_LJ is None else products_LJ[here]
                 if products_LJ is None:
-                    products = torch.mm(x, up_gate_EJH[expert].t(), out=again_LJ[:count])
-                else:
-                    products = products_LJ[here]
+                    torch.mm(x, up_gate_EJH[expert].t(), out=products)
                 hidden = torch.mm(dy, down_EHI[expert], out=hidden_LI[:count])  # its gradient, until the next line
                 dots = None if d_weights_L is None else d_weights_L[here]
                 d_products = swiglu_backward(products, hidden, weights_L[here], dots, d_products_LJ[:count])

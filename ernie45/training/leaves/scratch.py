@@ -1,8 +1,8 @@
 """Memory that leaves work in and use again: what is gone when an operation returns needs no memory of its own each time.
 
-A step would otherwise ask the system for two gigabytes of it, in pieces of all sizes: fresh pages cost as much as a tenth of the step, and
-a heap that holds them between activations and gradients has holes. One slab for each thread serves all leaves in turn. The head asks
-for most; it does so when activations are at their height, so that the slab adds nothing to the peak.
+A step would otherwise ask for a gigabyte of it in pieces of all sizes: fresh pages cost as much as a tenth of the step, and a heap that
+holds them between activations and gradients has holes. One slab for each thread serves all leaves in turn. The head asks for most; it
+does so when activations are at their height, so that the slab adds nothing to the peak.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 _ALIGN_BYTES = 64
 
@@ -32,9 +33,7 @@ def scratch() -> Iterator[None]:
     """Inside, `take` gives memory; when the block ends it is taken back, so nothing of it may be returned or kept."""
     before = _slab.used
     if not before and _slab.wanted > len(_slab.memory):
-        _slab.memory = _slab.memory[:0].clone()  # first give back, then ask
-        with torch.inference_mode(False):  # later blocks may stand outside of it
-            _slab.memory = torch.empty(_slab.wanted, dtype=torch.uint8)
+        _grow()
     try:
         yield
     finally:
@@ -55,6 +54,13 @@ def take(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     if end > len(_slab.memory):
         return like.new_empty(shape, dtype=dtype)
     return _slab.memory[start:end].view(dtype).view(shape)
+
+
+def _grow() -> None:
+    _slab.memory = torch.empty(0, dtype=torch.uint8)  # first give back, then ask
+    # Later blocks may stand outside of inference mode, and who counts what a layer keeps must not find the slab there.
+    with torch.inference_mode(False), _disable_current_modes():
+        _slab.memory = torch.empty(_slab.wanted, dtype=torch.uint8)
 
 
 def release() -> None:
