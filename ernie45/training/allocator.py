@@ -31,8 +31,8 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Let large tensors go back to the system when they are freed; otherwise as `keep_freed_memory`."""
-    return _set((_M_MMAP_THRESHOLD, _THRESHOLD_BYTES))
+    """Let large tensors go back to the system when they are freed, and keep the rest; otherwise as `keep_freed_memory`."""
+    return _set((_M_MMAP_THRESHOLD, _THRESHOLD_BYTES), (_M_TRIM_THRESHOLD, _NEVER))
 
 
 def _set(*settings: tuple[int, int]) -> bool:
