@@ -156,14 +156,13 @@ def measure(
 def _ours(path: Path, recompute: str, returns_memory: bool) -> Step:
     import torch
 
-    from ernie45.training.allocator import return_freed_memory
+    from ernie45.training.allocator import keep_freed_memory, return_freed_memory
     from ernie45.training.batch import Batch, Document
     from ernie45.training.head import lm_loss_sum
     from ernie45.training.network import TrainingNetwork
     from ernie45.training.recompute import RecomputeConfig
 
-    if returns_memory:
-        return_freed_memory()
+    _ = return_freed_memory() if returns_memory else keep_freed_memory()
     model = ernie45.load_model(path).requires_grad_().train()
     operations = tuple(filter(None, recompute.split(",")))
     config = RecomputeConfig(policy="selective", selective=operations) if operations else RecomputeConfig()

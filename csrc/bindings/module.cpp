@@ -6,6 +6,7 @@
 #include "bindings/attention.hpp"
 #include "bindings/packed.hpp"
 #include "bindings/sampling.hpp"
+#include "bindings/swiglu.hpp"
 #include "kernels/cpu_features.hpp"
 
 namespace nb = nanobind;
@@ -69,4 +70,5 @@ NB_MODULE(_native, m) {
     ernie45::bind_packed(m);
     ernie45::bind_attention(m);
     ernie45::bind_sampling(m);
+    ernie45::bind_swiglu(m);
 }

@@ -16,7 +16,7 @@ from ernie45.models.text import CausalLM
 from ernie45.processing.tokenizer import Tokenizer
 from ernie45.store import api
 from ernie45.store.trained import find_trained
-from ernie45.training.allocator import return_freed_memory, use_huge_pages
+from ernie45.training.allocator import keep_freed_memory, return_freed_memory, use_huge_pages
 from ernie45.training.config import RunConfig
 from ernie45.training.erniekit import convert_erniekit
 from ernie45.training.interrupt import stop_on_signal
@@ -40,7 +40,9 @@ def run(options: argparse.Namespace) -> int:
     config = read_run_file(options.config, RunConfig, options.settings)
     folder = Path(options.run or Path("runs") / Path(options.config).stem)
     use_huge_pages()
-    if config.returns_memory and not return_freed_memory():
+    if not config.returns_memory:
+        keep_freed_memory()
+    elif not return_freed_memory():
         note("returns_memory has no effect: this system's C library has no such setting")
     with ProgressBar() as bar:
         prepared = prepare(config, folder, _Store(), progress=bar.stage)

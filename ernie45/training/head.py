@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ernie45.errors import ConfigError, ShapeError
 from ernie45.training.batch import IGNORED
+from ernie45.training.leaves.embedding import TrainingEmbedding
 from ernie45.training.leaves.precision import sum_dtype
+from ernie45.training.leaves.scratch import scratch, take
 
 if TYPE_CHECKING:
     from ernie45.training.network import TrainingNetwork
@@ -89,7 +91,14 @@ def _matrix(net: TrainingNetwork) -> tuple[Tensor, Tensor | None]:
     """The head's own matrix or the embedding's, and its bias."""
     head = net.model.lm_head
     tied = getattr(head, "weight", None) is None
-    weight = getattr(net.model.model.embed_tokens, "weight", None) if tied else head.weight
+    embedding = net.model.model.embed_tokens
+    weight: Tensor | None
+    if not tied:
+        weight = head.weight
+    else:
+        weight = (
+            embedding.for_head() if isinstance(embedding, TrainingEmbedding) else getattr(embedding, "weight", None)
+        )
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ConfigError(
             f"the head ({type(head).__name__}) has no matrix of a floating-point dtype that losses can be taken through: "
@@ -105,13 +114,13 @@ def _checked(chunk_rows: int) -> int:
 
 
 class _Chunks:
-    """Log-probabilities of a chunk of rows after the other, in the same piece of memory."""
+    """Log-probabilities of a chunk of rows after the other, in the same piece of memory: inside a `scratch` block alone."""
 
     def __init__(self, x_RH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_R: Tensor, num_rows: int) -> None:
         self.x_RH, self.labels_R, self.num_rows = x_RH, labels_R, max(1, min(num_rows, len(x_RH)))
         self.weight_VH = weight_VH.to(x_RH.dtype)
         self.bias_V = bias_V
-        self._logits = x_RH.new_empty(self.num_rows, len(weight_VH))
+        self._logits = take(x_RH, self.num_rows, len(weight_VH))
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Where the chunk stands, log-probabilities (C, V), float32 or wider, to be written to, and labels, (C, 1)."""
@@ -180,16 +189,17 @@ class _LossSum(torch.autograd.Function):
         chunk_rows: int,
         learns: bool,
     ) -> Tensor:
-        chunks = _Chunks(x_RH, weight_VH, bias_V, labels_R, chunk_rows)
-        needed = ctx.needs_input_grad[:3] if learns else (False, False, False)
-        ctx.gradients = _Gradients(chunks, weight_VH, bias_V, needed)
-        ctx.dtypes = (None if bias_V is None else bias_V.dtype, weight_VH.dtype)
-        losses = [x_RH.new_zeros((), dtype=sum_dtype(x_RH.dtype))]
-        for here, logprobs, labels in chunks:
-            losses.append(-logprobs.gather(1, labels).sum())
-            if any(needed):
-                probs = logprobs.exp_()
-                ctx.gradients.add(chunks, here, probs.scatter_add_(1, labels, probs.new_full(labels.shape, -1.0)))
+        with scratch():
+            chunks = _Chunks(x_RH, weight_VH, bias_V, labels_R, chunk_rows)
+            needed = ctx.needs_input_grad[:3] if learns else (False, False, False)
+            ctx.gradients = _Gradients(chunks, weight_VH, bias_V, needed)
+            ctx.dtypes = (None if bias_V is None else bias_V.dtype, weight_VH.dtype)
+            losses = [x_RH.new_zeros((), dtype=sum_dtype(x_RH.dtype))]
+            for here, logprobs, labels in chunks:
+                losses.append(-logprobs.gather(1, labels).sum())
+                if any(needed):
+                    probs = logprobs.exp_()
+                    ctx.gradients.add(chunks, here, probs.scatter_add_(1, labels, probs.new_full(labels.shape, -1.0)))
         return torch.stack(losses).sum()
 
     @staticmethod
@@ -215,11 +225,12 @@ class _LabelLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         found_R = x_RH.new_zeros(len(x_RH), dtype=sum_dtype(x_RH.dtype))
         entropy_R = torch.zeros_like(found_R)
-        chunks = _Chunks(x_RH, weight_VH, bias_V, labels_R, chunk_rows)
-        for here, logprobs, labels in chunks:
-            found_R[here] = logprobs.gather(1, labels)[:, 0]
-            if wants_entropy:
-                entropy_R[here] = -logprobs.exp().mul_(logprobs).sum(-1)
+        with scratch():
+            chunks = _Chunks(x_RH, weight_VH, bias_V, labels_R, chunk_rows)
+            for here, logprobs, labels in chunks:
+                found_R[here] = logprobs.gather(1, labels)[:, 0]
+                if wants_entropy:
+                    entropy_R[here] = -logprobs.exp().mul_(logprobs).sum(-1)
         ctx.save_for_backward(x_RH, weight_VH, bias_V, labels_R, entropy_R)
         ctx.chunk_rows, ctx.wants_entropy = chunk_rows, wants_entropy
         return found_R, entropy_R
@@ -227,16 +238,17 @@ class _LabelLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_RH, weight_VH, bias_V, labels_R, entropy_R = ctx.saved_tensors
-        chunks = _Chunks(x_RH, weight_VH, bias_V, labels_R, ctx.chunk_rows)
-        gradients = _Gradients(chunks, weight_VH, bias_V, ctx.needs_input_grad[:3])
-        for here, logprobs, labels in chunks:
-            d_label, d_entropy = grads[0][here, None], grads[1][here, None]
-            # d logp[label] / d logit_v = [v = label] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
-            if ctx.wants_entropy:
-                probs = logprobs.exp()
-                d_logits = logprobs.add_(entropy_R[here, None]).mul_(-d_entropy).sub_(d_label).mul_(probs)
-            else:
-                d_logits = logprobs.exp_().mul_(-d_label)
-            gradients.add(chunks, here, d_logits.scatter_add_(1, labels, d_label))
+        with scratch():
+            chunks = _Chunks(x_RH, weight_VH, bias_V, labels_R, ctx.chunk_rows)
+            gradients = _Gradients(chunks, weight_VH, bias_V, ctx.needs_input_grad[:3])
+            for here, logprobs, labels in chunks:
+                d_label, d_entropy = grads[0][here, None], grads[1][here, None]
+                # d logp[label] / d logit_v = [v = label] - p_v;  d entropy / d logit_v = -p_v (log p_v + entropy)
+                if ctx.wants_entropy:
+                    probs = logprobs.exp()
+                    d_logits = logprobs.add_(entropy_R[here, None]).mul_(-d_entropy).sub_(d_label).mul_(probs)
+                else:
+                    d_logits = logprobs.exp_().mul_(-d_label)
+                gradients.add(chunks, here, d_logits.scatter_add_(1, labels, d_label))
         one = grads[0].new_ones(())
         return (*gradients.times(one, None if bias_V is None else bias_V.dtype, weight_VH.dtype), None, None, None)

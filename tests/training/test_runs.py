@@ -261,14 +261,18 @@ def test_freed_memory_goes_back_if_asked(
         asked.append(True)
         return len(asked) > 1
 
+    kept: list[bool] = []
     monkeypatch.setattr(train_verb, "return_freed_memory", setting)
+    monkeypatch.setattr(train_verb, "keep_freed_memory", lambda: kept.append(True))
     assert train(run_file(train={"steps": 3}), "--run", tmp_path / "a") == 0
     assert not asked
+    assert kept == [True], "by default it is kept"
     path = run_file(train={"steps": 3}, returns_memory=True)
     for name, has_note in (("b", True), ("c", False)):
         assert train(path, "--run", tmp_path / name) == 0
         assert ("returns_memory has no effect" in capsys.readouterr().err) == has_note
     assert len(asked) == 2
+    assert len(kept) == 1
 
 
 def test_a_run_that_is_killed_again_and_again_ends_the_same(run_file: RunFile, tmp_path: Path) -> None:

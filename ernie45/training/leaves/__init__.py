@@ -14,6 +14,7 @@ from ernie45.layers.moe import Experts, Router
 from ernie45.layers.norm import RMSNorm
 from ernie45.models.text import DecoderLayer
 from ernie45.training.leaves.attention import TrainingAttentionCore
+from ernie45.training.leaves.embedding import TrainingEmbedding
 from ernie45.training.leaves.experts import TrainingExperts
 from ernie45.training.leaves.layer import TrainingLayer
 from ernie45.training.leaves.norm import TrainingRMSNorm
@@ -36,3 +37,6 @@ def use_training_leaves(model: nn.Module) -> None:
         leaf = _LEAVES.get(type(module))
         if leaf is not None:
             module.__class__ = leaf
+    embedding = getattr(getattr(model, "model", None), "embed_tokens", None)
+    if type(embedding) is nn.Embedding and getattr(getattr(model, "lm_head", None), "weight", None) is None:
+        embedding.__class__ = TrainingEmbedding

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ernie45.training.leaves.precision import sum_dtype
+from ernie45.training.leaves.scratch import scratch, take
 
 _BLOCK_ROWS = 256
 """Rows of a block's products: queries times the heads that share a key."""
@@ -70,11 +71,12 @@ class PackedAttention(torch.autograd.Function):
         rotated_TX = rotated(qkv_TX, rotation_TJ, heads.num_query + heads.num_key)
         out_TX = qkv_TX.new_empty(len(qkv_TX), heads.query_width)
         for group in groups:
-            q, k, v = _gathered(rotated_TX, group, heads)
-            out = torch.empty_like(q)
-            for block in _blocks(q.mul_(scale), k, group, heads.per_key):
-                torch.bmm(block.probs, v[block.items, : block.seen], out=out[block.items, block.rows])
-            out_TX[group.own_rows] = _ungrouped(out, group, heads.per_key).to(out_TX.dtype)
+            with scratch():
+                q, k, v = _gathered(rotated_TX, group, heads)
+                out = take(q, *q.shape)
+                for block in _blocks(q.mul_(scale), k, group, heads.per_key):
+                    torch.bmm(block.probs, v[block.items, : block.seen], out=out[block.items, block.rows])
+                _put(out_TX, group.own_rows, out, group, heads.per_key)
         ctx.save_for_backward(rotated_TX, rotation_TJ)
         ctx.groups, ctx.heads, ctx.scale = groups, heads, scale
         return out_TX
@@ -82,19 +84,15 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         rotated_TX, rotation_TJ = ctx.saved_tensors
-        heads, width = ctx.heads, ctx.heads.query_width
-        # A token's keys and values collect gradients from all documents that see it.
-        d_rotated_TX = torch.zeros_like(rotated_TX, dtype=sum_dtype(rotated_TX.dtype))
-        for group in ctx.groups:
-            d_q, d_k, d_v = _group_backward(_gathered(rotated_TX, group, heads), grads[0], group, heads, ctx.scale)
-            d_rotated_TX[group.own_rows, :width] = _ungrouped(d_q, group, heads.per_key)
-            d_kv = torch.cat([_ungrouped(part, group, 1) for part in (d_k, d_v)], dim=-1)
-            if isinstance(group.seen_rows, slice):
-                d_rotated_TX[group.seen_rows, width:] += d_kv
-            else:
-                d_rotated_TX[:, width:].index_add_(0, group.seen_rows, d_kv)
-        back_TJ = rotation_TJ.conj_physical()
-        d_qkv_TX = rotated(d_rotated_TX, back_TJ, heads.num_query + heads.num_key)
+        heads = ctx.heads
+        with scratch():
+            # A token's keys and values collect gradients from all documents that see it.
+            d_rotated_TX = take(rotated_TX, *rotated_TX.shape, dtype=sum_dtype(rotated_TX.dtype)).zero_()
+            for group in ctx.groups:
+                with scratch():
+                    _group_backward(rotated_TX, grads[0], d_rotated_TX, group, heads, ctx.scale)
+            back_TJ = rotation_TJ.conj_physical()
+            d_qkv_TX = rotated(d_rotated_TX, back_TJ, heads.num_query + heads.num_key)
         return d_qkv_TX.to(rotated_TX.dtype), None, None, None, None
 
 
@@ -128,14 +126,28 @@ def _gathered(rotated_TX: Tensor, group: Group, heads: Heads) -> tuple[Tensor, T
 def _grouped(x: Tensor, group: Group, heads: Heads) -> Tensor:
     """By key head: (B tokens, G heads D) -> (Z, tokens heads, D), a copy."""
     by_key = x.view(group.num_documents, -1, heads.num_key, x.shape[1] // heads.num_key)
-    wide = torch.empty_like(by_key.transpose(1, 2), dtype=sum_dtype(x.dtype), memory_format=torch.contiguous_format)
+    wide = take(x, *by_key.transpose(1, 2).shape, dtype=sum_dtype(x.dtype))
     return wide.copy_(by_key.transpose(1, 2)).view(group.num_documents * heads.num_key, -1, heads.dim)
 
 
 def _ungrouped(x: Tensor, group: Group, heads_per_key: int) -> Tensor:
-    """The way back: (Z, tokens heads, D) -> (B tokens, G heads D)."""
+    """The way back, a view: (Z, tokens heads, D) -> (B, tokens, G, heads D)."""
     by_key = x.view(group.num_documents, len(x) // group.num_documents, -1, heads_per_key * x.shape[-1])
-    return by_key.transpose(1, 2).flatten(2).flatten(0, 1)
+    return by_key.transpose(1, 2)
+
+
+def _put(
+    rows_TX: Tensor, rows: slice | Tensor, x: Tensor, group: Group, heads_per_key: int, *, adds: bool = False
+) -> None:
+    """Write what is grouped by key head into rows of (T, G heads D), or add it there."""
+    values = _ungrouped(x, group, heads_per_key)
+    if isinstance(rows, slice):
+        there = rows_TX[rows].view(values.shape)
+        _ = there.add_(values) if adds else there.copy_(values)
+    elif adds:
+        rows_TX.index_add_(0, rows, values.flatten(2).flatten(0, 1))
+    else:
+        rows_TX[rows] = values.flatten(2).flatten(0, 1).to(rows_TX.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +169,7 @@ def _blocks(q: Tensor, k: Tensor, group: Group, per_key: int, *, wants_spare: bo
     size = min(max(_BLOCK_ROWS // per_key, 16), 128, group.num_own)
     scores_per_item = size * per_key * k.shape[1]
     num_items = min(len(q), max(torch.get_num_threads(), _BLOCK_SCORES // scores_per_item))
-    memory = q.new_empty(1 + wants_spare, num_items * scores_per_item)
+    memory = take(q, 1 + wants_spare, num_items * scores_per_item)
     corner = q.new_full((size, size), float("-inf")).triu(1).repeat_interleave(per_key, dim=0)
     for first in range(0, len(q), num_items):
         items = slice(first, min(first + num_items, len(q)))
@@ -174,12 +186,12 @@ def _blocks(q: Tensor, k: Tensor, group: Group, per_key: int, *, wants_spare: bo
 
 
 def _group_backward(
-    qkv: tuple[Tensor, Tensor, Tensor], grad_TX: Tensor, group: Group, heads: Heads, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, in the shapes of `_gathered`."""
-    q, k, v = qkv
+    rotated_TX: Tensor, grad_TX: Tensor, d_rotated_TX: Tensor, group: Group, heads: Heads, scale: float
+) -> None:
+    """Put or add the gradients of queries, keys and values of a group to those of the rotated projection."""
+    q, k, v = _gathered(rotated_TX, group, heads)
     d_out = _grouped(grad_TX[group.own_rows], group, heads)
-    d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    d_q, d_k, d_v = take(q, *q.shape), take(k, *k.shape).zero_(), take(v, *v.shape).zero_()
     for block in _blocks(q.mul_(scale), k, group, heads.per_key, wants_spare=True):
         items, rows, seen, probs = block.items, block.rows, block.seen, block.probs
         d_v[items, :seen].baddbmm_(probs.transpose(1, 2), d_out[items, rows])
@@ -187,4 +199,7 @@ def _group_backward(
         d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype, grad_input=d_probs)
         torch.bmm(d_scores, k[items, :seen], out=d_q[items, rows])
         d_k[items, :seen].baddbmm_(d_scores.transpose(1, 2), q[items, rows])
-    return d_q.mul_(scale), d_k, d_v
+    width = heads.query_width
+    _put(d_rotated_TX[:, :width], group.own_rows, d_q.mul_(scale), group, heads.per_key)
+    for part, columns in zip((d_k, d_v), d_rotated_TX[:, width:].chunk(2, dim=-1), strict=True):
+        _put(columns, group.seen_rows, part, group, 1, adds=True)

@@ -1,4 +1,4 @@
-"""The SwiGLU feed-forward block with a backward pass of its own, and the elementwise parts that the experts share.
+"""The SwiGLU feed-forward block with a backward pass of its own.
 
 Kept for the backward pass are the input and the products with gate and up (or the input alone); `silu(gate) * up`, cheap and
 as large as half of the products, is computed again.
@@ -15,25 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ernie45.kernels.swiglu import swiglu, swiglu_backward
 from ernie45.layers.ffn import SwiGLU
 from ernie45.layers.linear import Linear, add_residual
 from ernie45.training.leaves.precision import product_dtype
-
-
-def swiglu(products_TJ: Tensor) -> Tensor:
-    """`silu(gate) * up`, (T, I)."""
-    gate, up = products_TJ.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-def swiglu_backward(products_TJ: Tensor, silu_TI: Tensor, grad_TI: Tensor) -> Tensor:
-    """Gradient of the products, (T, J). Args: silu_TI: `silu(gate)`. grad_TI: gradient of `silu(gate) * up`."""
-    gate, up = products_TJ.chunk(2, dim=-1)
-    grad_TJ = torch.empty_like(products_TJ)
-    grad_gate, grad_up = grad_TJ.chunk(2, dim=-1)
-    torch.mul(grad_TI, silu_TI, out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad_TI * up, gate, grad_input=grad_gate)
-    return grad_TJ
+from ernie45.training.leaves.scratch import scratch, take
 
 
 class TrainingSwiGLU(SwiGLU):
@@ -71,7 +57,7 @@ class _Activation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (products_TJ,) = ctx.saved_tensors
-        return swiglu_backward(products_TJ, F.silu(products_TJ.chunk(2, dim=-1)[0]), grads[0])
+        return swiglu_backward(products_TJ, grads[0].clone(memory_format=torch.contiguous_format))
 
 
 class _FeedForward(torch.autograd.Function):
@@ -89,7 +75,9 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         products_TJ = F.linear(x_TH, up_gate_JH, up_gate_bias_J)
         ctx.save_for_backward(x_TH, up_gate_JH, up_gate_bias_J, down_HI, products_TJ if keeps_products else None)
-        return F.linear(swiglu(products_TJ), down_HI, down_bias_H)
+        with scratch():
+            hidden_TI = swiglu(products_TJ, take(x_TH, len(x_TH), down_HI.shape[1]))
+            return F.linear(hidden_TI, down_HI, down_bias_H)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -98,15 +86,15 @@ class _FeedForward(torch.autograd.Function):
         dy_TH = grads[0]
         if products_TJ is None:
             products_TJ = F.linear(x_TH, up_gate_JH, up_gate_bias_J)
-        gate, up = products_TJ.chunk(2, dim=-1)
-        silu_TI = F.silu(gate)
-        d_down = dy_TH.t() @ (silu_TI * up) if needs_down else None
-        d_products_TJ = swiglu_backward(products_TJ, silu_TI, dy_TH @ down_HI)
-        return (
-            d_products_TJ @ up_gate_JH if needs_x else None,
-            d_products_TJ.t() @ x_TH if needs_up_gate else None,
-            d_products_TJ.sum(0) if needs_up_gate_bias else None,
-            d_down,
-            dy_TH.sum(0) if needs_down_bias else None,
-            None,
-        )
+        with scratch():
+            hidden_TI = take(dy_TH, len(dy_TH), down_HI.shape[1])
+            torch.mm(dy_TH, down_HI, out=hidden_TI)  # its gradient, until the next line
+            d_products_TJ = swiglu_backward(products_TJ, hidden_TI, out_TJ=take(dy_TH, *products_TJ.shape))
+            return (
+                d_products_TJ @ up_gate_JH if needs_x else None,
+                d_products_TJ.t() @ x_TH if needs_up_gate else None,
+                d_products_TJ.sum(0) if needs_up_gate_bias else None,
+                dy_TH.t() @ hidden_TI if needs_down else None,
+                dy_TH.sum(0) if needs_down_bias else None,
+                None,
+            )
