@@ -181,7 +181,11 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f" ({report['peak_flops_before_and_after'][0] / 1e9:.1f}) and after ({report['peak_flops_before_and_after'][1] / 1e9:.1f})",
         "peak memory: highest resident memory (VmHWM) above what the process held after imports and a tiny step; huge pages"
         " for both (THP_MEM_ALLOC_ENABLE); ernie45 "
-        + ("gives freed memory back at once" if settings["returns_memory"] else "leaves the allocator as it is"),
+        + (
+            "gives freed memory back at once"
+            if settings["returns_memory"]
+            else "keeps what it has freed, as `ernie train` does"
+        ),
         "computed again by ernie45: " + (settings["recompute"] or "nothing but activations of SwiGLU"),
         "first loss, ernie45 and peer: "
         + ", ".join(f"{case}: {ours:.5f} and {theirs:.5f}" for case, (ours, theirs) in losses.items()),

@@ -162,7 +162,10 @@ def _ours(path: Path, recompute: str, returns_memory: bool) -> Step:
     from ernie45.training.network import TrainingNetwork
     from ernie45.training.recompute import RecomputeConfig
 
-    _ = return_freed_memory() if returns_memory else keep_freed_memory()
+    if returns_memory:
+        return_freed_memory()
+    else:
+        keep_freed_memory()
     model = ernie45.load_model(path).requires_grad_().train()
     operations = tuple(filter(None, recompute.split(",")))
     config = RecomputeConfig(policy="selective", selective=operations) if operations else RecomputeConfig()

@@ -143,11 +143,16 @@ def _put(
     values = _ungrouped(x, group, heads_per_key)
     if isinstance(rows, slice):
         there = rows_TX[rows].view(values.shape)
-        _ = there.add_(values) if adds else there.copy_(values)
-    elif adds:
-        rows_TX.index_add_(0, rows, values.flatten(2).flatten(0, 1))
+        if adds:
+            there.add_(values)
+        else:
+            there.copy_(values)
+        return
+    flat = values.flatten(2).flatten(0, 1)
+    if adds:
+        rows_TX.index_add_(0, rows, flat)
     else:
-        rows_TX[rows] = values.flatten(2).flatten(0, 1).to(rows_TX.dtype)
+        rows_TX[rows] = flat.to(rows_TX.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
